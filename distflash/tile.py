@@ -1,0 +1,81 @@
+"""What a plan hands to a kernel: which local queries meet which local keys. Integers only.
+
+Band    keep (i, j) iff lo <= j - i <= hi              full, causal, sliding window, and shifts of them
+Tile    a rectangle of local rows x local columns, and the band kept inside it
+Tiles   every rectangle of one visit: a kernel works through all of them in one launch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keep key j for query i iff lo <= j - i <= hi, both counted from the tile's corner."""
+
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Local queries `q` against local keys `kv`, the band counted from (q.start, kv.start)."""
+
+    q: slice
+    kv: slice
+    band: Band
+
+    @property
+    def rows(self) -> int:
+        return self.q.stop - self.q.start
+
+    @property
+    def columns(self) -> int:
+        return self.kv.stop - self.kv.start
+
+    @property
+    def full(self) -> bool:
+        """True if the band keeps the whole rectangle."""
+        return self.band.hi >= self.columns - 1 and self.band.lo <= 1 - self.rows
+
+    @property
+    def area(self) -> int:
+        """How many (query, key) pairs are kept."""
+        return _kept(self.rows, self.columns, self.band.hi) - _kept(self.rows, self.columns, self.band.lo - 1)
+
+    @classmethod
+    def whole(cls, q: slice, kv: slice) -> Tile:
+        """The rectangle without a mask."""
+        return cls(q, kv, Band(q.start - q.stop + 1, kv.stop - kv.start - 1))
+
+
+def _kept(rows: int, columns: int, hi: int) -> int:
+    """Pairs of a rows x columns rectangle with j - i <= hi: sum over i of clamp(i + hi + 1, 0, columns)."""
+    ramp, flat = max(0, -hi), max(0, columns - hi)  # first row that keeps a key; first row that keeps them all
+    ramp, flat = min(ramp, rows), min(max(ramp, flat), rows)
+    return (ramp + flat + 1 + 2 * hi) * (flat - ramp) // 2 + columns * (rows - flat)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The rectangles of one visit, over `q_len` local queries and `kv_len` local keys.
+
+    No pair (query, key) is kept by two tiles. Compared by identity, so that kernels can cache what they derive from it.
+    """
+
+    tiles: tuple[Tile, ...]
+    q_len: int
+    kv_len: int
+
+    def __iter__(self) -> Iterator[Tile]:
+        return iter(self.tiles)
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    @property
+    def area(self) -> int:
+        """How many (query, key) pairs are kept: attention costs 4 * area * D FLOPs a head forward, 10 backward."""
+        return sum(t.area for t in self.tiles)
