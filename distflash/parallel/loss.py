@@ -1,0 +1,66 @@
+"""The loss of a sharded sequence: one token-weighted mean over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distflash.parallel.sequence import ShardedSequence
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def token_mean(
+    per_token_loss: Tensor, seq: ShardedSequence | None = None, *, ignore: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The mean of `per_token_loss` over the valid tokens of all ranks: a scalar, the same on every rank. A collective.
+
+    Args:
+        per_token_loss: (..., T) losses of the local tokens, any shape.
+        seq: whose ranks share the mean; None is one device.
+        ignore: True where a token does not count (what the loss holds there, NaN too, is not read). A rank without a valid
+            token contributes 0; if no rank has one, the mean is 0.
+        group: the ranks over which the mean is taken, where those are more than `seq`'s: data x sequence parallel ranks.
+
+    How gradients reduce: every collective of this library, this one too, has its exact adjoint as gradient, so the gradients of
+    parameters must be *averaged* over all ranks, data and sequence parallel alike. That is what DDP, FSDP2 and ZeRO do over one
+    flattened group, and then one step equals that of one process that holds every token. Wrappers that sum over the sequence
+    group instead need the loss divided by its size.
+
+    Raises ValueError if `ignore` has another shape than the loss.
+    """
+    if ignore is not None and (ignore.shape != per_token_loss.shape or ignore.dtype != torch.bool):
+        raise ValueError(
+            f"ignore must be a bool tensor of the loss's shape {tuple(per_token_loss.shape)}, got {ignore.dtype} {tuple(ignore.shape)}"
+        )
+    reduce = partial(_all_reduce, group) if group is not None else seq.sp.wire.all_reduce if seq is not None else Tensor.clone
+    return _TokenMean.apply(per_token_loss, ignore, reduce)
+
+
+def _all_reduce(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _TokenMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, ignore: Tensor | None, reduce: Reduce) -> Tensor:
+        kept = loss if ignore is None else torch.where(ignore, 0.0, loss)
+        count = loss.new_tensor(loss.numel(), dtype=torch.float64) if ignore is None else (~ignore).sum(dtype=torch.float64)
+        total, count = reduce(torch.stack([kept.sum(dtype=torch.float64), count])).unbind()
+        ctx.reduce, ctx.shape = reduce, loss.shape
+        ctx.count = count.clamp(min=1.0)
+        ctx.save_for_backward(ignore)
+        return (total / ctx.count).to(torch.promote_types(loss.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (ignore,) = ctx.saved_tensors
+        # every rank returned the same sum: what flows into it on any rank flows into each term
+        share = (ctx.reduce(grad.double()) / ctx.count).to(grad.dtype).expand(ctx.shape)
+        return share if ignore is None else torch.where(ignore, 0.0, share), None, None

@@ -1,0 +1,285 @@
+"""What users hold: how ranks share a sequence, and one sequence shared that way.
+
+Legend: P ranks, U ranks of a Ulysses group (adjacent), R = P / U ranks of a ring, T local tokens, S global tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distflash.kernels.base import Kernel
+from distflash.parallel.autograd import Scheme
+from distflash.parallel.layout import LAYOUTS, Layout, gathered, lengths, split
+from distflash.parallel.mask import Mask
+from distflash.parallel.plan import ORDERS, Visit, plan
+from distflash.parallel.ulysses import Ulysses, head_shards
+from distflash.parallel.wire.base import Wire
+from distflash.parallel.wire.local import LocalGroup, LocalWire
+from distflash.parallel.wire.p2p import P2PWire
+
+Group = dist.ProcessGroup | DeviceMesh | LocalWire
+
+
+class SequenceParallel:
+    """How the ranks of a group share sequences.
+
+    Args:
+        group: None (all ranks; one device if torch.distributed is not initialised), a ProcessGroup, or a DeviceMesh: 1-D, or
+            2-D with axes "ring" and "ulysses", Ulysses ranks adjacent.
+        layout: "contiguous", "zigzag" or "striped": which tokens a rank holds. "auto" is zigzag: equal causal work.
+        order: "ring", "all_gather" or "double_ring": when blocks move. "auto" is a ring, double across several hosts.
+        ulysses: ranks that share heads instead of tokens while attention runs; the ring takes the rest. "auto" is 1, or the
+            "ulysses" axis of a 2-D mesh.
+        wire: "p2p" (NCCL between GPUs, gloo between CPUs), or "auto".
+
+    Creating one is a collective: every rank of the group does it, in the same order. Raises ValueError or TypeError on
+    arguments that cannot be served, on every rank, before any attention runs.
+    """
+
+    def __init__(
+        self,
+        group: Group | None = None,
+        *,
+        layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto",
+        order: Literal["auto", "ring", "all_gather", "double_ring"] = "auto",
+        ulysses: int | Literal["auto"] = "auto",
+        wire: Literal["auto", "p2p"] = "auto",
+    ):
+        _one_of("layout", layout, ("auto", *LAYOUTS))
+        _one_of("order", order, ("auto", *ORDERS))
+        _one_of("wire", wire, ("auto", "p2p"))
+        group, ulysses = _resolve(group, ulysses)
+        self.wire: Wire = _wire(group)
+        self.rank, self.size = self.wire.rank, self.wire.size
+        if self.size % ulysses or ulysses < 1:
+            raise ValueError(f"ulysses={ulysses} must divide the {self.size} ranks of the group: use one of {_divisors(self.size)}")
+        self.ulysses = ulysses
+        self.layout = "zigzag" if layout == "auto" else layout
+        ring_rank, head_rank = divmod(self.rank, ulysses)
+        self.head_wire = self.wire.sub(range(ring_rank * ulysses, (ring_rank + 1) * ulysses))
+        self.ring_wire = self.wire.sub(range(head_rank, self.size, ulysses))
+        per_node = max(1, self.wire.per_node // ulysses)
+        hosts_even = self.ring_wire.size % per_node == 0
+        if order == "double_ring" and not hosts_even:
+            raise ValueError(f"double_ring needs as many ranks on each host, got {self.ring_wire.size} in rings of {per_node}: use ring")
+        several_hosts = hosts_even and 1 < per_node < self.ring_wire.size
+        self.order = ("double_ring" if several_hosts else "ring") if order == "auto" else order
+        self._order = ORDERS[self.order](self.ring_wire.size, per_node)
+
+    @classmethod
+    def single(cls, device: torch.device | str | None = None) -> SequenceParallel:
+        """One device alone, whatever process groups exist: the same code with communication skipped."""
+        return cls(LocalGroup(1, device or _default_device()).wire(0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where `indices` and `positions` live."""
+        return self.wire.device
+
+    def sequence(self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None) -> ShardedSequence:
+        """A sequence of `length` tokens, or packed documents with borders `cu_seqlens` (0, ..., S; int32 or int64, never falling).
+
+        Any length and any documents: nothing is padded, shards may be uneven or empty. Make it once a batch: layers share its
+        plan. Raises ValueError or TypeError on a length or borders that are not legal.
+        """
+        if (length is None) == (cu_seqlens is None):
+            raise TypeError("sequence() takes either length or cu_seqlens: give one of them")
+        if cu_seqlens is None:
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(f"length={length!r} must be a positive integer")
+            return ShardedSequence(self, (0, length))
+        return ShardedSequence(self, borders(cu_seqlens))
+
+    def __repr__(self) -> str:
+        return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire.name})"
+
+
+class ShardedSequence:
+    """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view."""
+
+    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...]):
+        self.sp, self.cu_seqlens = sp, cu_seqlens
+        self.length = cu_seqlens[-1]
+        ring_layout = LAYOUTS[sp.layout](cu_seqlens, sp.ring_wire.size)
+        self.layout: Layout = split(ring_layout, sp.ulysses)
+        self.lengths = lengths(self.layout)  # tokens of each rank
+        self.local_length = self.lengths[sp.rank]
+        self._plans: dict[Mask, tuple[Visit, ...]] = {}
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._schemes: dict[tuple, Scheme] = {}
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Global index of each local token, LongTensor (T,)."""
+        return self.indices_of(self.sp.rank, self.sp.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each local token inside its document, LongTensor (T,): what RoPE is fed with."""
+        borders = torch.tensor(self.cu_seqlens, device=self.sp.device)
+        return self.indices - borders[torch.searchsorted(borders, self.indices, right=True) - 1]
+
+    def indices_of(self, rank: int, device: torch.device) -> Tensor:
+        """Global indices of the tokens that another rank holds, LongTensor."""
+        if (rank, device) not in self._indices:
+            spans = [torch.arange(s.start, s.stop, s.step) for s in self.layout[rank]]
+            self._indices[rank, device] = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(device)
+        return self._indices[rank, device]
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of `x`, which is the same on every rank and has the S global tokens along `dim`.
+
+        Differentiable: the gradient of `x` is 0 outside this rank's tokens, so that the sum over ranks is the whole gradient.
+        Raises ValueError if `x` does not have S tokens along `dim`.
+        """
+        if x.shape[dim] != self.length:
+            raise ValueError(
+                f"shard() needs the {self.length} tokens of the sequence along dim {dim}, got {x.shape[dim]}: shapes {tuple(x.shape)}"
+            )
+        return x.index_select(dim, self.indices_of(self.sp.rank, x.device))
+
+    def unshard(self, x_local: Tensor, dim: int = 1) -> Tensor:
+        """All S tokens, on every rank, of the shards that the ranks hold along `dim`. A collective.
+
+        Differentiable: the gradient of a shard is the sum over ranks of its part of the gradients (the exact adjoint).
+        Raises ValueError if `x_local` does not have T tokens along `dim`.
+        """
+        if x_local.shape[dim] != self.local_length:
+            raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {tuple(x_local.shape)}")
+        return _Unshard.apply(x_local, self, dim % x_local.dim())
+
+    def scheme(self, left: int | None, right: int | None, kernel: Kernel, scale: float, heads: int, kv_heads: int) -> Scheme:
+        """How attention over this sequence is carried out; made once and shared by all layers.
+
+        Raises ValueError if the heads cannot be dealt out to the ranks of a Ulysses group.
+        """
+        key = (left, right, kernel, scale, heads, kv_heads)
+        if key not in self._schemes:
+            ulysses, sp = self._head_exchange(heads, kv_heads), self.sp
+            self._schemes[key] = Scheme(self.visits(Mask(left, right, self.cu_seqlens)), sp.ring_wire, ulysses, kernel, scale)
+        return self._schemes[key]
+
+    def visits(self, mask: Mask) -> tuple[Visit, ...]:
+        """The plan of this rank's ring for a mask."""
+        if mask not in self._plans:
+            outer = gathered(self.layout, self.sp.ulysses)
+            self._plans[mask] = plan(outer, mask, self.sp._order, self.sp.ring_wire.rank)
+        return self._plans[mask]
+
+    def _head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
+        wire = self.sp.head_wire
+        if wire.size == 1:
+            return None
+        first = self.sp.ring_wire.rank * wire.size
+        return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size))
+
+    def __repr__(self) -> str:
+        documents = len(self.cu_seqlens) - 1
+        return f"ShardedSequence({self.length} tokens, {documents} document{'s' * (documents > 1)}, {self.local_length} here, {self.sp!r})"
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, seq: ShardedSequence, dim: int) -> Tensor:
+        ctx.seq, ctx.dim = seq, dim
+        wire, shape = seq.sp.wire, [*x.shape]
+
+        def room(rank: int) -> Tensor:
+            return x.new_empty([*shape[:dim], seq.lengths[rank], *shape[dim + 1 :]])
+
+        parts = _swap(wire, [x] * wire.size, room)
+        whole = x.new_empty([*shape[:dim], seq.length, *shape[dim + 1 :]])
+        for rank, part in enumerate(parts):
+            whole.index_copy_(dim, seq.indices_of(rank, x.device), part)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        seq, dim, wire = ctx.seq, ctx.dim, ctx.seq.sp.wire
+        shares = [grad.index_select(dim, seq.indices_of(rank, grad.device)) for rank in range(wire.size)]
+        parts = _swap(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = sum((part.to(wide) for part in parts[1:]), start=parts[0].to(wide))  # rank order: the same bits every run
+        return total.to(grad.dtype), None, None
+
+
+def _swap(wire: Wire, outgoing: Sequence[Tensor], room) -> list[Tensor]:
+    """Give `outgoing[rank]` to each rank; return what each gave us, written into `room(rank)`."""
+    others = [r for r in range(wire.size) if r != wire.rank]
+    arriving = {r: room(r) for r in others}
+    as_bytes = {r: x.view(-1).view(torch.uint8) for r, x in arriving.items()}
+    wire.exchange({r: outgoing[r].contiguous().view(-1).view(torch.uint8) for r in others}, as_bytes).wait()
+    return [arriving.get(r, outgoing[r]) for r in range(wire.size)]
+
+
+def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """Document borders as integers, checked. Reading them off a GPU tensor waits for the GPU: keep them on the CPU."""
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be a 1-D int32 or int64 tensor, got {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
+        cu_seqlens = cu_seqlens.tolist()
+    cu = tuple(int(c) for c in cu_seqlens)
+    if len(cu) < 2 or cu[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {_short(cu)}: prepend 0")
+    falls = next((n for n in range(1, len(cu)) if cu[n] < cu[n - 1]), None)
+    if falls is not None:
+        raise ValueError(f"cu_seqlens must never decrease, got {cu[falls]} after {cu[falls - 1]} at index {falls}: give cumulative lengths")
+    if cu[-1] == 0:
+        raise ValueError("cu_seqlens ends at 0: there are no tokens to attend to")
+    return cu
+
+
+def _short(cu: tuple[int, ...]) -> str:
+    return str(list(cu)) if len(cu) <= 6 else f"[{', '.join(map(str, cu[:5]))}, ...]"
+
+
+def _resolve(group: Group | None, ulysses: int | str) -> tuple[dist.ProcessGroup | LocalWire | None, int]:
+    """The one group of all P ranks, and the Ulysses degree as a number."""
+    if isinstance(ulysses, bool) or not (ulysses == "auto" or isinstance(ulysses, int)):
+        raise TypeError(f"ulysses={ulysses!r} must be an integer or 'auto'")
+    if not isinstance(group, DeviceMesh):
+        if group is not None and not isinstance(group, (dist.ProcessGroup, LocalWire)):
+            raise TypeError(f"group={group!r} must be None, a ProcessGroup or a DeviceMesh that this rank belongs to")
+        return group, 1 if ulysses == "auto" else int(ulysses)
+    if group.ndim == 1:
+        return group.get_group(), 1 if ulysses == "auto" else int(ulysses)
+    names = group.mesh_dim_names
+    if group.ndim != 2 or names is None or set(names) != {"ring", "ulysses"}:
+        raise ValueError(f"a {group.ndim}-D mesh with axes {names} was given: pass a 1-D mesh, or a 2-D one with axes 'ring' and 'ulysses'")
+    degree = group.size(names.index("ulysses"))
+    if ulysses not in ("auto", degree):
+        raise ValueError(f"ulysses={ulysses} disagrees with the mesh, whose 'ulysses' axis has {degree} ranks: leave it 'auto'")
+    if names != ("ring", "ulysses"):
+        raise ValueError("the mesh's axes must be ('ring', 'ulysses'), Ulysses inner: adjacent ranks share heads")
+    return group._flatten().get_group(), degree
+
+
+def _wire(group: dist.ProcessGroup | LocalWire | None) -> Wire:
+    if isinstance(group, LocalWire):
+        return group
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return LocalGroup(1, _default_device()).wire(0)
+        group = dist.group.WORLD
+    assert group is not None
+    return P2PWire(group) if group.size() > 1 else LocalGroup(1, _default_device()).wire(0)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(map(repr, allowed))}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

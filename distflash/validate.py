@@ -1,0 +1,99 @@
+"""Checks of what users pass in: one clear error each, with value, expectation and cure. Nothing here communicates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distflash.parallel.sequence import ShardedSequence, borders
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse(**variants: tuple[object, object]) -> None:
+    """Raise NotImplementedError if a variant, given as (value, default), is not at its default."""
+    for name, (value, default) in variants.items():
+        if value is not default and not (isinstance(value, (int, float)) and value == default):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name}={shown} is not supported yet, only {default!r}: leave it out")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if there is a batch dimension."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+    if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
+        raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) each, got {shapes}")
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        raise TypeError(f"q, k, v must share one dtype of fp16, bf16, fp32, fp64, got {dtypes}: cast them")
+    if not q.device == k.device == v.device:
+        devices = ", ".join(f"{name} on {x.device}" for name, x in named.items())
+        raise ValueError(f"q, k, v must be on one device, got {devices}: move them")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must agree in all but the last dimension, got {shapes}")
+    if q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
+        raise ValueError(f"q and k must agree in batch and head_dim, got {shapes}")
+    if 0 in (q.shape[-1], q.shape[-2], k.shape[-2], v.shape[-1], *q.shape[:-3]):
+        raise ValueError(f"batch, heads and head_dim must not be 0, got {shapes}")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[-2]} and {k.shape[-2]} ({shapes})")
+    return q.dim() == 4
+
+
+def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """(left, right) with None for unlimited; causal is right = 0."""
+    if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(type(w) is int and w >= -1 for w in window_size)):
+        raise ValueError(f"window_size={window_size!r} must be two integers (left, right), each -1 (unlimited) or more")
+    left, right = (None if w == -1 else w for w in window_size)
+    return left, 0 if causal else right
+
+
+def scale_of(softmax_scale: float | None, head_dim: int) -> float:
+    """The factor of q·k: D ** -0.5 unless a finite number is given."""
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)) or not math.isfinite(softmax_scale):
+        raise TypeError(f"softmax_scale={softmax_scale!r} must be None or a finite number")
+    return float(softmax_scale)
+
+
+def documents(cu_q: Tensor | None, cu_k: Tensor | None, q_len: int, k_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Borders of the documents of queries and keys; one document where none are given."""
+    if not (q_len and k_len):
+        raise ValueError(f"there must be at least one query and one key, got {q_len} and {k_len}")
+    if cu_q is None:
+        if cu_k is not None:
+            raise ValueError("cu_seqlens_k was given without cu_seqlens_q: give both, or the latter alone if they are equal")
+        return (0, q_len), (0, k_len)
+    documents = borders(cu_q), borders(cu_q if cu_k is None else cu_k)
+    for name, cu, length in zip("qk", documents, (q_len, k_len), strict=True):
+        if cu[-1] != length:
+            raise ValueError(
+                f"cu_seqlens_{name} must end at the number of tokens, {length}, got {cu[-1]}: rows past the end would be undefined"
+            )
+    if len(documents[0]) != len(documents[1]):
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must hold as many documents, got {len(documents[0]) - 1} and {len(documents[1]) - 1}"
+        )
+    return documents
+
+
+def check_shards(q: Tensor, k: Tensor, seq: ShardedSequence, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
+    """Raise unless q and k are this rank's shards of `seq`."""
+    if not isinstance(seq, ShardedSequence):
+        raise TypeError(f"seq must come from SequenceParallel.sequence(), got {type(seq).__name__}")
+    if cu_q is not None or cu_k is not None:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k do not go with seq: give the documents to SequenceParallel.sequence(cu_seqlens=...)"
+        )
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[-3] != seq.local_length:
+            held = f"rank {seq.sp.rank} holds {seq.local_length} of the sequence's {seq.length}"
+            raise ValueError(f"{name} has {x.shape[-3]} tokens, but {held}: use seq.shard()")
