@@ -1,10 +1,36 @@
-"""DistFlash: exact attention over one GPU or many."""
+"""DistFlash: exact attention over one GPU or many. Names are imported when they are first used: `distflash --help` needs no torch."""
 
-from distflash.api import attention
-from distflash.explain import explain
-from distflash.launch.world import World, init
-from distflash.parallel.loss import token_mean
-from distflash.parallel.sequence import SequenceParallel, ShardedSequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distflash.api import attention
+    from distflash.explanation import explain
+    from distflash.launch.world import World, init
+    from distflash.parallel.loss import token_mean
+    from distflash.parallel.sequence import SequenceParallel, ShardedSequence
 
 __version__ = "0.1.0.dev0"
 __all__ = ["SequenceParallel", "ShardedSequence", "World", "attention", "explain", "init", "token_mean"]
+
+_HOMES = {
+    "SequenceParallel": "distflash.parallel.sequence",
+    "ShardedSequence": "distflash.parallel.sequence",
+    "World": "distflash.launch.world",
+    "attention": "distflash.api",
+    "explain": "distflash.explanation",
+    "init": "distflash.launch.world",
+    "token_mean": "distflash.parallel.loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distflash' has no attribute {name!r}: it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

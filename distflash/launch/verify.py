@@ -1,0 +1,228 @@
+"""`distflash verify`: every layout, order, Ulysses degree and kernel of this machine against fp64 dense attention.
+
+Legend: P ranks, U ranks of a Ulysses group, S tokens, H query heads, Hk key/value heads, D head dim.
+
+Started plainly, P ranks are threads of this process that share one device; with --nproc, or under a launcher, they are processes
+and the wire is the real one. Every scheme runs every problem, forward and backward, and is judged by the error budget of
+`distflash.testing`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from distflash.launch.world import World
+    from distflash.testing import Attention
+
+HEADS, KV_HEADS = 8, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; the dtype by name."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    window: tuple[int, int] = (-1, -1)
+    documents: bool = False
+    kv_heads: int = KV_HEADS
+
+    def __str__(self) -> str:
+        kind = "causal" if self.causal else "full"
+        window = f" window {self.window[0]},{self.window[1]}" if self.window != (-1, -1) else ""
+        return f"{self.dtype} D={self.head_dim} {HEADS}:{self.kv_heads} {kind}{window}{' documents' * self.documents}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to share a sequence among P ranks, and the kernel that computes."""
+
+    kernel: str
+    layout: str
+    order: str
+    ranks: int
+    ulysses: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.layout}, {self.order}, P={self.ranks}, U={self.ulysses}"
+
+
+GPU_CASES = (
+    Case("bfloat16", 128, causal=True),
+    Case("float16", 64, causal=False),
+    Case("bfloat16", 64, causal=True, documents=True),
+    Case("float16", 128, causal=True, window=(100, 0)),
+    Case("bfloat16", 256, causal=True, documents=True, kv_heads=HEADS),
+    Case("float16", 59, causal=False, window=(70, 40), kv_heads=1),
+)
+CPU_CASES = (
+    Case("float64", 32, causal=True),
+    Case("float64", 16, causal=False, window=(30, 9), documents=True, kv_heads=1),
+    Case("float32", 59, causal=True, documents=True),
+    Case("float32", 64, causal=False, kv_heads=HEADS),
+    Case("bfloat16", 64, causal=True, window=(40, 0)),
+)
+
+
+def verify(
+    nproc: Annotated[int | None, typer.Option(min=1, help="Run on so many processes of this host.", show_default=False)] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks to try as threads of one process.")] = "1,2,3,4",
+    length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a sequence.  [default: 1021 on a GPU, 157 on CPU]", show_default=False)
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(help="This kernel alone.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs and the documents.")] = 0,
+) -> None:
+    """Compare every scheme and kernel of this machine with fp64 dense attention; exit code 1 if one is wrong."""
+    import torch
+
+    import distflash
+    from distflash.launch.run import launch
+
+    if nproc is not None:
+        options = ["--seed", str(seed), *(["--length", str(length)] if length else []), *(["--kernel", kernel] if kernel else [])]
+        raise typer.Exit(launch(["-m", "distflash"], ["verify", *options], nproc))
+    world = distflash.init()
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)  # the ranks are the threads, and the problems are small
+    sizes = [world.size] if world.size > 1 else [int(p) for p in ranks.split(",")]
+    report = Report(world, sizes)
+    for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
+        trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
+        for scheme in schemes(case, sizes, world.device, kernel):
+            report.add(case, scheme, *trial.judge(scheme, world))
+    report.print()
+    raise typer.Exit(1 if report.failures or not report.count else 0)
+
+
+def schemes(case: Case, sizes: list[int], device: torch.device, kernel: str | None) -> Iterator[Scheme]:
+    """Everything that can serve the case here."""
+    import torch
+
+    from distflash.kernels.base import Problem
+    from distflash.kernels.select import BY_NAME_ONLY, candidates
+    from distflash.parallel.layout import LAYOUTS
+    from distflash.parallel.plan import ORDERS
+
+    problem = Problem(device, getattr(torch, case.dtype), HEADS, case.kv_heads, case.head_dim, case.head_dim)
+    able = [name for name, reason in candidates(problem) if reason is None or reason == BY_NAME_ONLY.get(name)]
+    for name in [kernel] if kernel else able:
+        for ranks in sizes:
+            for layout in LAYOUTS:
+                for order in ORDERS:
+                    for ulysses in (u for u in range(1, ranks + 1) if ranks % u == 0):
+                        yield Scheme(name, layout, order, ranks, ulysses)
+
+
+class Trial:
+    """The inputs of a case, the truth, and what the dense formula makes of them in the same dtype."""
+
+    def __init__(self, case: Case, length: int, seed: int, device: torch.device):
+        import torch
+
+        from distflash.testing import keep_mask, oracle
+
+        self.case, self.dtype, self.length = case, getattr(torch, case.dtype), length
+        generator = torch.Generator().manual_seed(seed)
+        heads = (HEADS, case.kv_heads, case.kv_heads, HEADS)
+        made = (torch.randn(1, length, h, case.head_dim, generator=generator) for h in heads)
+        self.q, self.k, self.v, self.dout = (x.to(device, self.dtype) for x in made)
+        self.cu = _documents(length, seed) if case.documents else None
+        keep = keep_mask(length, length, causal=case.causal, window_size=case.window, cu_seqlens_q=self.cu).to(device)
+        self.truth = oracle(self.q, self.k, self.v, self.dout, keep)
+        self.low = oracle(self.q, self.k, self.v, self.dout, keep, dtype=self.dtype)
+
+    def judge(self, scheme: Scheme, world: World) -> tuple[float, str]:
+        """(largest relative error, what is out of budget or '')."""
+        from distflash.testing import errors, spmd
+
+        if world.size > 1:
+            found = self.attend(None, scheme)
+        else:
+            per_node = scheme.ranks // 2 if scheme.ranks % 2 == 0 else None  # so that a double ring is one
+            found = spmd(scheme.ranks, lambda group: self.attend(group, scheme), device=world.device, per_node=per_node)[0]
+        broken = errors(found, self.truth, self.low, self.dtype)
+        worst = max(_relative(a, b) for a, b in zip(found, self.truth, strict=True))
+        return worst, "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+
+    def attend(self, group: Any, scheme: Scheme) -> Attention:
+        """Forward and backward over the ranks of the group; whole tensors on every rank."""
+        import torch
+
+        import distflash
+        from distflash.testing import Attention
+
+        sp = distflash.SequenceParallel(group, layout=scheme.layout, order=scheme.order, ulysses=scheme.ulysses)  # type: ignore[arg-type]
+        seq = sp.sequence(cu_seqlens=self.cu) if self.cu else sp.sequence(self.length)
+        q, k, v, dout = (seq.shard(x).detach() for x in (self.q, self.k, self.v, self.dout))
+        for x in (q, k, v):
+            x.requires_grad_()
+        options: dict[str, Any] = {"causal": self.case.causal, "window_size": self.case.window, "kernel": scheme.kernel}
+        out, lse = distflash.attention(q, k, v, seq, return_lse=True, **options)
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        whole = [seq.unshard(x.detach(), dim) for x, dim in ((out, 1), (lse, 2), *((x, 1) for x in grads))]
+        return Attention(*whole)
+
+
+def _documents(length: int, seed: int) -> tuple[int, ...]:
+    """Random borders: a one-token and an empty document, one that spans several ranks, and others."""
+    rng = random.Random(seed)
+    lengths, left = [1, 0, length // 2], length - 1 - length // 2
+    while left:
+        lengths.append(rng.randint(1, min(left, max(1, length // 5))))
+        left -= lengths[-1]
+    rng.shuffle(lengths)
+    return (0, *accumulate(lengths))
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    seen = truth > float("-inf")
+    return ((found.double() - truth)[seen].norm() / truth[seen].norm()).item()
+
+
+class Report:
+    """Collects results; prints a table of the worst relative errors, and every failure, on the main rank."""
+
+    def __init__(self, world: World, sizes: list[int]):
+        self.world, self.sizes = world, sizes
+        self.worst: dict[tuple[str, str, str], dict[Case, float]] = defaultdict(dict)
+        self.failures: list[str] = []
+        self.count = 0
+
+    def add(self, case: Case, scheme: Scheme, worst: float, broken: str) -> None:
+        row = self.worst[scheme.kernel, scheme.layout, scheme.order]
+        row[case] = max(row.get(case, 0.0), worst)
+        self.count += 1
+        if broken:
+            self.failures.append(f"{scheme}, {case}: {broken}")
+
+    def print(self) -> None:
+        if not self.world.is_main:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        cases = list(dict.fromkeys(case for row in self.worst.values() for case in row))
+        how = f"{self.world.size} processes" if self.world.size > 1 else f"P = {', '.join(map(str, self.sizes))} as threads"
+        table = Table(title=f"largest relative error against fp64 (out, lse, dq, dk, dv), over every Ulysses degree; {how}")
+        for title in ("kernel", "layout", "order", *map(str, cases)):
+            table.add_column(title, justify="left" if title in ("kernel", "layout", "order") else "right")
+        for key, row in self.worst.items():
+            table.add_row(*key, *(f"{row[case]:.1e}" if case in row else "-" for case in cases))
+        console = Console(width=None if Console().is_terminal else 160)
+        console.print(table)
+        for failure in self.failures:
+            console.print(f"[red]wrong[/red] {failure}", highlight=False)
+        console.print(f"{self.count} comparisons, {len(self.failures)} out of budget")

@@ -1,0 +1,243 @@
+"""distflash.init(): one call that makes this process a rank, whatever started it.
+
+Legend: rank in 0..size-1 of the whole job; local_rank in 0..local_size-1 of this host; one GPU per local rank.
+environment.py says who we are, rendezvous.py where we meet; this file picks the device, creates the process group and ends it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from distflash.launch import rendezvous
+from distflash.launch.environment import Place, detect
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+GOODBYE = 5.0  # seconds the rank that serves the store waits for the others at exit
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of its job."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    backend: str | None  # "nccl" or "gloo" (or what the owner of an adopted group chose); None without a process group
+    launcher: str  # torchrun deepspeed mpi slurm env single
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0: the one that prints and saves."""
+        return self.rank == 0
+
+
+@dataclass
+class _Session:
+    """What this process holds between init() and shutdown()."""
+
+    world: World | None = None
+    adopted: bool = False
+    store: Store | None = None
+    serves: bool = False
+    inits: int = 0
+    hooked: bool = False
+    failed: bool = False
+
+
+_session = _Session()
+
+
+def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None) -> World:
+    """Find this process' place, claim its device and create the default process group; a second call returns the same World.
+
+    backend: "nccl" (one GPU per local rank), "gloo" (on the CPU), or None: nccl where CUDA works. timeout: seconds until a
+    collective that a peer never joins raises. interface: the network interface that ranks of several hosts talk over (else
+    DISTFLASH_INTERFACE); one host uses loopback. Plain python is size 1, without a process group. A group that already exists
+    (DeepSpeed, Accelerate) is adopted, and left alone by shutdown().
+
+    Raises ValueError for arguments or variables that contradict each other, RuntimeError where the job cannot be joined.
+    """
+    import torch.distributed as dist
+
+    if backend not in (None, "nccl", "gloo"):
+        raise ValueError(f'backend must be "nccl", "gloo" or None, got {backend!r}: pass one of these')
+    if not timeout > 0:
+        raise ValueError(f"timeout must be positive seconds, got {timeout}: pass e.g. 600.0")
+    known = _known(backend)
+    if known:
+        return known
+    if dist.is_available() and dist.is_initialized():
+        _session.world, _session.adopted = _adopt(backend), True
+        return _session.world
+
+    place = detect(os.environ)
+    if place.launcher == "single":
+        device = _claim_device(place, backend)
+        _session.world = World(0, 0, 1, 1, device, None, "single")
+        return _session.world
+    if not dist.is_available():
+        raise RuntimeError(f"{place.launcher} started {place.size} ranks, but this torch has no distributed package: install another build")
+    _hook_failures()
+    if place.local_rank is not None:
+        _claim_device(place, backend)  # a rank that has no device fails here, before it meets the others
+    _session.world = _join(place, backend, timedelta(seconds=timeout), rendezvous.named_interface(interface))
+    atexit.register(shutdown)
+    return _session.world
+
+
+def _known(backend: str | None) -> World | None:
+    """The World of an earlier init() if it still stands."""
+    import torch.distributed as dist
+
+    world = _session.world
+    if world is None or (world.backend is not None and not dist.is_initialized()):
+        return None  # never made, or its owner destroyed the group
+    if world.backend is None and dist.is_available() and dist.is_initialized():
+        return None  # a group was created after a single-process init(): adopt it
+    if backend is not None and world.backend is not None and backend not in world.backend:
+        raise ValueError(f"init() already joined with backend {world.backend!r}, got {backend!r}: call distflash.shutdown() first")
+    return world
+
+
+def _join(place: Place, backend: str | None, timeout: timedelta, interface: str | None) -> World:
+    import torch.distributed as dist
+
+    store, place, serves = rendezvous.meet(place, timeout, interface)
+    device = _claim_device(place, backend)
+    rendezvous.use_interface(interface, place.one_host)
+    if device.type == "cuda":
+        rendezvous.avoid_multicast()
+    if not place.one_host and place.rank == 0:
+        warnings.warn(
+            "ranks on several hosts: PyTorch's distributed package neither authenticates nor encrypts; use it on trusted networks only",
+            stacklevel=3,
+        )
+    name = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.PrefixStore(str(_session.inits), store)  # keys of an earlier init() or attempt are never met again
+    dist.init_process_group(
+        name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None
+    )  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
+    _session.store, _session.serves, _session.adopted = store, serves, False
+    _session.inits += 1
+    assert place.local_rank is not None and place.local_size is not None
+    return World(place.rank, place.local_rank, place.size, place.local_size, device, name, place.launcher)
+
+
+def _adopt(backend: str | None) -> World:
+    """The World of a process group that somebody else created."""
+    import torch
+    import torch.distributed as dist
+
+    rank, size, name = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
+    if backend is not None and backend not in name:
+        raise ValueError(f"torch.distributed is already initialised with backend {name!r}, got {backend!r}: pass backend=None")
+    try:
+        place = detect(os.environ)
+    except ValueError:
+        place = None  # the group exists: stale variables can no longer mislead
+    if place is None or (place.rank, place.size) != (rank, size) or place.local_rank is None:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        per_host = min(size, gpus) if "nccl" in name and gpus else size
+        local = int(os.environ.get("LOCAL_RANK") or rank % per_host)
+        place = Place("single" if size == 1 else "env", rank, size, local, max(per_host, local + 1))
+    device = _claim_device(place, "nccl" if "nccl" in name else "gloo")
+    assert place.local_rank is not None and place.local_size is not None
+    return World(rank, place.local_rank, size, place.local_size, device, name, place.launcher)
+
+
+def _claim_device(place: Place, backend: str | None) -> torch.device:
+    """This rank's device, made current if it is a GPU."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if backend == "gloo" or (backend is None and gpus == 0):
+        return torch.device("cpu")
+    index = gpu_index(place, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def gpu_index(place: Place, gpus: int, visible: str | None) -> int:
+    """Which of the `gpus` visible GPUs is this rank's. `visible` is CUDA_VISIBLE_DEVICES.
+
+    mpirun and srun can show each task a GPU of its own (`srun --gpus-per-task=1`); then it is the first, whatever the local rank.
+    """
+    assert place.local_rank is not None and place.local_size is not None
+    if gpus == 0:
+        raise ValueError('backend "nccl" needs a GPU that torch can use, got none: run `distflash doctor`, or pass backend="gloo"')
+    if gpus == 1 and visible and "," not in visible and place.launcher in ("mpi", "slurm"):
+        return 0
+    if place.local_size > gpus:
+        raise ValueError(
+            f"{place.local_size} ranks on this host need as many GPUs, got {gpus}: start {gpus} ranks a host, "
+            'check CUDA_VISIBLE_DEVICES, or pass backend="gloo" to run on the CPU'
+        )
+    return place.local_rank
+
+
+def shutdown() -> None:
+    """End what init() began; harmless when there is nothing to end. Runs by itself at exit."""
+    import torch.distributed as dist
+
+    store, serves, world, adopted = _session.store, _session.serves, _session.world, _session.adopted
+    _session.world = _session.store = None
+    _session.serves = _session.adopted = False
+    if world is None or adopted or _session.failed or world.backend is None or not dist.is_initialized():
+        return  # after a failure the process just ends: destroying a group can wait for peers that will never answer
+    if store is not None:
+        _say_goodbye(store, serves, world.size)
+    dist.destroy_process_group()
+
+
+def _say_goodbye(store: Store, serves: bool, size: int) -> None:
+    """Rank 0 takes the store with it when it exits: let the others finish first, but not for long."""
+    try:
+        left = store.add("goodbye", 1)
+        deadline = time.monotonic() + GOODBYE
+        while serves and left < size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            left = store.add("goodbye", 0)
+    except RuntimeError:
+        return  # the store is gone, and with it whoever could be disturbed
+
+
+def _hook_failures() -> None:
+    """Note an uncaught exception, and when it happened, where `distflash run` and torchrun look for it."""
+    if _session.hooked:
+        return
+    _session.hooked = True
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _session.failed = True
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path:
+            _write_failure(path, time.time_ns(), "".join(traceback.format_exception(kind, error, trace)))
+        previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _write_failure(path: str, now: int, text: str) -> None:
+    """torchelastic's error file, with the time in nanoseconds besides: whole seconds cannot tell cause from consequence."""
+    extra = {"py_callstack": text, "timestamp": str(now // 10**9), "time_ns": now}
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump({"message": {"message": text.strip().rpartition("\n")[2], "extraInfo": extra}}, file)
+    except OSError:
+        return  # the traceback is on stderr already

@@ -1,0 +1,95 @@
+"""launch/run.py: `distflash run` and torchrun with real processes. Each launch costs some 5 to 10 s, so they are few."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from distflash.launch import run as runner
+from tests.launch.programs import distflash, ranks_of, start
+
+
+def test_ranks_meet_on_loopback_only_and_leave_quietly(tmp_path):
+    done = start(distflash("run", "-n", "2", "rank.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = ranks_of(done)
+    assert first.startswith("RANK 0/2 local 0/2 cpu gloo torchrun sum 3 threads ")
+    assert second.startswith("RANK 1/2 local 1/2 cpu gloo torchrun sum 3 threads ")
+    for line in (first, second):
+        assert "threads None" not in line
+        assert line.endswith("listens ['0100007F']")  # 127.0.0.1
+    assert done.stderr == ""
+
+
+def test_the_launcher_itself_listens_on_loopback_only(tmp_path):
+    (tmp_path / "spy.py").write_text(SPY)
+    done = start(distflash("run", "-n", "1", "spy.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ranks_of(done) == ["RANK ['0100007F']"]
+
+
+SPY = """
+import os
+from pathlib import Path
+parent = os.getppid()
+inodes = {os.readlink(link)[8:-1] for link in Path(f"/proc/{parent}/fd").iterdir()}
+rows = [fields for table in ("/proc/net/tcp", "/proc/net/tcp6") for fields in map(str.split, Path(table).read_text().splitlines()[1:])]
+print("RANK", sorted({fields[1].split(":")[0] for fields in rows if fields[3] == "0A" and fields[9] in inodes}))
+"""
+
+
+def test_the_failing_ranks_traceback_and_exit_code_are_passed_on(tmp_path):
+    done = start(distflash("run", "-n", "2", "rank.py", "raise"), tmp_path)
+    assert done.returncode == 1
+    told = done.stderr[done.stderr.index("distflash run: ") :]
+    assert told.startswith("distflash run: rank 1 (pid ")
+    assert "the bug of rank 1" in told and "Traceback" in told and "rank.py" in told
+    assert done.stderr.index("the bug of rank 1") < done.stderr.index("distflash run: ")
+
+
+def test_a_rank_that_exits_with_a_code_of_its_own_is_the_one_named(tmp_path):
+    done = start(distflash("run", "-n", "2", "rank.py", "exit"), tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "rank 1 (pid " in done.stderr and "failed first, with exit code 7" in done.stderr
+
+
+def test_torchrun_recovers_after_a_restart(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = start([*torchrun, "rank.py", "once"], tmp_path, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "the bug of rank 1" in done.stderr
+    assert len(ranks_of(done)) == 4
+
+
+def failure(exitcode, time_ns=None):
+    extra = {"extraInfo": {"time_ns": time_ns, "py_callstack": "Traceback\nRuntimeError: why"}}
+    return SimpleNamespace(
+        exitcode=exitcode, pid=1, error_file_data={"message": extra if time_ns else "<NONE>"}, signal_name=lambda: "SIGKILL"
+    )
+
+
+@pytest.mark.parametrize(
+    ("failures", "first"),
+    [
+        ({0: failure(1, 20), 1: failure(1, 10)}, 1),  # the earlier exception
+        ({0: failure(1, 10), 1: failure(-9)}, 1),  # killed; the exception is "connection closed"
+        ({0: failure(1, 10), 1: failure(7)}, 1),  # left by itself
+        ({0: failure(-6), 1: failure(1, 10)}, 1),  # aborted by NCCL's watchdog
+        ({0: failure(-15), 1: failure(-11)}, 1),  # ended by the agent
+        ({0: failure(1), 1: failure(1)}, 0),
+    ],
+)
+def test_the_cause_is_told_from_its_consequences(failures, first):
+    assert runner.first_failure(failures)[0] == first
+
+
+def test_the_story_names_rank_manner_and_traceback():
+    assert runner.story(3, failure(-9), 2) == (
+        "distflash run: rank 3 (pid 1) failed first, with signal SIGKILL; 1 more failed after it:\n  (it left no traceback)"
+    )
+    assert runner.story(0, failure(1, 5), 1).endswith("exit code 1:\n  Traceback\n  RuntimeError: why")
+
+
+def test_cores_are_shared_out():
+    assert runner.threads(1) >= runner.threads(2) >= 1
+    assert runner.threads(100_000) == 1

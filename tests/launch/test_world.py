@@ -1,0 +1,119 @@
+"""launch/world.py: devices, one process, adoption, and the second call."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distflash.launch import World, init, shutdown, world
+from distflash.launch.environment import MPI_FAMILIES, Place
+from tests.launch.programs import ROOT, start
+
+VARIABLES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_PROCID",
+    *(name for family in MPI_FAMILIES for name in family[1:]),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(world, "_session", world._Session())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_plain_python_is_a_world_of_one_without_a_group():
+    alone = init()
+    assert alone == World(0, 0, 1, 1, torch.device("cpu"), None, "single")
+    assert alone.is_main and not dist.is_initialized()
+    shutdown()
+
+
+def test_a_second_call_returns_the_same_world():
+    assert init() is init(backend="gloo")
+
+
+def test_a_group_that_exists_is_adopted_and_left_alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    adopted = init()
+    assert (adopted.rank, adopted.size, adopted.backend) == (0, 1, "gloo")
+    with pytest.raises(ValueError, match="already joined with backend 'gloo', got 'nccl'"):
+        init(backend="nccl")
+    shutdown()
+    assert dist.is_initialized()
+
+
+def test_a_group_created_after_a_single_process_init_is_adopted():
+    assert init().backend is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert init().backend == "gloo"
+
+
+def test_one_rank_of_a_launcher_has_a_group_and_can_begin_again(monkeypatch):
+    from tests.launch.test_rendezvous import free_port
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for _ in range(2):
+        assert init().launcher == "env" and dist.is_initialized()
+        shutdown()
+        assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "mpi"}, "backend must be"),
+        ({"timeout": 0}, "timeout must be positive seconds, got 0"),
+        ({"backend": "nccl"}, "needs a GPU that torch can use, got none"),
+    ],
+)
+def test_arguments_that_cannot_be_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        init(**arguments)
+
+
+def test_each_local_rank_has_a_gpu_of_its_own():
+    assert [world.gpu_index(Place("torchrun", r, 8, r % 4, 4), 4, None) for r in range(8)] == [0, 1, 2, 3] * 2
+    with pytest.raises(ValueError, match="4 ranks on this host need as many GPUs, got 2: start 2 ranks a host"):
+        world.gpu_index(Place("torchrun", 0, 4, 0, 4), 2, None)
+    with pytest.raises(ValueError, match="2 ranks on this host"):
+        world.gpu_index(Place("torchrun", 1, 2, 1, 2), 1, "3")
+
+
+def test_srun_may_show_each_task_one_gpu():
+    assert world.gpu_index(Place("slurm", 3, 4, 3, 4), 1, "3") == 0
+
+
+def test_a_failure_is_noted_with_its_time_for_the_launcher(tmp_path):
+    import json
+
+    path = tmp_path / "error.json"
+    world._write_failure(str(path), 5_000_000_123, "Traceback\nRuntimeError: why\n")
+    message = json.loads(path.read_text())["message"]
+    assert message["message"] == "RuntimeError: why"
+    assert message["extraInfo"] == {"py_callstack": "Traceback\nRuntimeError: why\n", "timestamp": "5", "time_ns": 5_000_000_123}
+
+
+def test_importing_changes_nothing_and_a_plain_script_exits_in_silence(tmp_path):
+    code = "import os; before = dict(os.environ); import distflash.launch; assert dict(os.environ) == before; distflash.launch.init()"
+    done = start([sys.executable, "-W", "error", "-c", code], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_example_runs_as_one_process(tmp_path):
+    done = start([sys.executable, str(ROOT / "examples" / "hello.py")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rank 0 of 1 on ")
