@@ -62,6 +62,11 @@ class _Session:
 _session = _Session()
 
 
+def launched() -> bool:
+    """True if a launcher started this process; False under plain python."""
+    return detect(os.environ).launcher != "single"
+
+
 def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None) -> World:
     """Find this process' place, claim its device and create the default process group; a second call returns the same World.
 
