@@ -86,9 +86,12 @@ def _online(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Iterat
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Iterator[tuple[slice, Partial]] | None:
-    """PyTorch's own CPU flash operator where it serves: a rectangle without a mask, or a causal square."""
+    """PyTorch's own CPU flash operator where it serves: a rectangle without a mask, or a causal square, scale > 0.
+
+    It multiplies its mask of -inf by the scale too, so that a causal square with scale <= 0 would come out as NaN.
+    """
     causal = tile.rows == tile.columns and tile.band.hi == 0 and tile.band.lo <= 1 - tile.rows
-    if q.device.type != "cpu" or not (tile.full or causal) or q.shape[3] != v.shape[3]:
+    if q.device.type != "cpu" or not (tile.full or causal) or q.shape[3] != v.shape[3] or scale <= 0:
         return None
     group = q.shape[2] // k.shape[2]
     k_t, v_t = (x[:, tile.kv].repeat_interleave(group, dim=2) if group > 1 else x[:, tile.kv] for x in (k, v))
@@ -100,10 +103,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Iterato
 def _merge_rows(acc: Partial, rows: slice, part: Partial) -> None:
     """Merge a part that covers only `rows` into the running result, in place."""
     mine = acc.lse[:, :, rows]
-    lse = torch.logaddexp(mine, part.lse)
-    old, new = (torch.where(x > float("-inf"), torch.exp(x - lse), 0.0).transpose(1, 2).unsqueeze(-1) for x in (mine, part.lse))
-    acc.out[:, rows] = old * acc.out[:, rows] + new * part.out
-    acc.lse[:, :, rows] = lse
+    top = torch.maximum(mine, part.lse)
+    top = torch.where(top > float("-inf"), top, 0.0)
+    old, new = torch.exp(mine - top), torch.exp(part.lse - top)
+    total = old + new  # 0 where neither saw a key; weights are normalised by it, not by the rounded lse
+    share_old, share_new = ((x / torch.where(total > 0, total, 1.0)).transpose(1, 2).unsqueeze(-1) for x in (old, new))
+    acc.out[:, rows] = share_old * acc.out[:, rows] + share_new * part.out
+    acc.lse[:, :, rows] = top + torch.log(total)
 
 
 def _blocks(tile: Tile) -> Iterator[tuple[slice, slice, Tensor | None]]:

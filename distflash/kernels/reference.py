@@ -28,7 +28,7 @@ class ReferenceKernel:
             # the running result is one more key: its score is lse, its value is out
             s = torch.cat([s, acc.lse.to(s).unsqueeze(-1)], dim=-1)
         lse = torch.logsumexp(s, dim=-1)  # [B, H, Tq]
-        p = torch.exp(s - lse.unsqueeze(-1)).masked_fill(lse.unsqueeze(-1) == float("-inf"), 0.0)
+        p = torch.softmax(s, dim=-1).masked_fill(lse.unsqueeze(-1) == float("-inf"), 0.0)
         out = torch.einsum("bhij,bjhd->bihd", p[..., : k.shape[1]], _grouped(_clean(v, tiles), q))
         if acc is not None:
             out = out + p[..., -1].transpose(1, 2).unsqueeze(-1) * acc.out
@@ -51,7 +51,9 @@ class ReferenceKernel:
         grad_k = _folded(torch.einsum("bhij,bihd->bjhd", ds, q.to(wide)), k)
         grad_v = _folded(torch.einsum("bhij,bihd->bjhd", p, do), v)
         grad_q = grad_q if dq is None else dq + grad_q
-        return grad_q.to(dq_dtype or wide), grad_k.to(dkv_dtype or wide), grad_v.to(dkv_dtype or wide)
+        dtypes = (dq_dtype or wide, dkv_dtype or wide, dkv_dtype or wide)
+        dq, dk, dv = (x.to(dtype).contiguous() for x, dtype in zip((grad_q, grad_k, grad_v), dtypes, strict=True))
+        return dq, dk, dv
 
 
 def _scores(q: Tensor, k: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:

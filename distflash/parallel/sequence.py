@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index
 from typing import Literal
 
 import torch
@@ -58,7 +59,7 @@ class SequenceParallel:
         group, ulysses = _resolve(group, ulysses)
         self.wire: Wire = _wire(group)
         self.rank, self.size = self.wire.rank, self.wire.size
-        if self.size % ulysses or ulysses < 1:
+        if ulysses < 1 or self.size % ulysses:
             raise ValueError(f"ulysses={ulysses} must divide the {self.size} ranks of the group: use one of {_divisors(self.size)}")
         self.ulysses = ulysses
         self.layout = "zigzag" if layout == "auto" else layout
@@ -92,7 +93,7 @@ class SequenceParallel:
         if (length is None) == (cu_seqlens is None):
             raise TypeError("sequence() takes either length or cu_seqlens: give one of them")
         if cu_seqlens is None:
-            if not isinstance(length, int) or length < 1:
+            if isinstance(length, bool) or not isinstance(length, int) or length < 1:
                 raise ValueError(f"length={length!r} must be a positive integer")
             return ShardedSequence(self, (0, length))
         return ShardedSequence(self, borders(cu_seqlens))
@@ -225,7 +226,10 @@ def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be a 1-D int32 or int64 tensor, got {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.tolist()
-    cu = tuple(int(c) for c in cu_seqlens)
+    try:
+        cu = tuple(index(c) for c in cu_seqlens)
+    except TypeError:
+        raise TypeError(f"cu_seqlens must hold integers, got {cu_seqlens!r}") from None
     if len(cu) < 2 or cu[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {_short(cu)}: prepend 0")
     falls = next((n for n in range(1, len(cu)) if cu[n] < cu[n - 1]), None)
