@@ -12,12 +12,15 @@ from distflash.kernels.select import candidates, select
 from distflash.parallel.mask import Mask, packed
 from distflash.parallel.plan import Visit, alone
 from distflash.parallel.sequence import ShardedSequence
-from distflash.validate import window
+from distflash.parallel.ulysses import Ulysses
+from distflash.validate import check_shards, check_tensors, window
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One attention call of this rank. FLOPs and bytes are exact counts; print it for a summary."""
+    """One attention call of this rank. FLOPs and bytes are exact counts (without the padding inside messages).
+
+    Print it for a summary."""
 
     kernel: str
     passed_over: tuple[tuple[str, str], ...]  # (kernel, reason), in the order in which they were tried
@@ -57,6 +60,11 @@ def explain(
 
     Nothing is computed or sent. Raises ValueError where the call would.
     """
+    q, k = torch.empty(tuple(q_shape), dtype=dtype, device="meta"), torch.empty(tuple(k_shape), dtype=dtype, device="meta")
+    if not check_tensors(q, k, k):
+        raise ValueError(f"explain() takes shapes with a batch dimension, got {tuple(q_shape)} and {tuple(k_shape)}")
+    if seq is not None:
+        check_shards(q, k, seq, None, None)
     batch, q_len, heads, head_dim = q_shape
     k_len, kv_heads = k_shape[1:3]
     device = torch.device(device) if device else seq.sp.device if seq else torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,25 +74,43 @@ def explain(
     passed_over = tuple((name, reason) for name, reason in tried[: [name for name, _ in tried].index(chosen) if tried else 0] if reason)
     left, right = window(causal, window_size)
     if seq is None:
-        visits, scheme, share = alone(packed((0, q_len), (0, k_len), Mask(left, right))), "one device, nothing is sent", 1.0
+        ulysses, visits, scheme = None, alone(packed((0, q_len), (0, k_len), Mask(left, right))), "one device, nothing is sent"
     else:
         visits, sp = seq.visits(Mask(left, right, seq.cu_seqlens)), seq.sp
+        ulysses = seq.head_exchange(heads, kv_heads)
         scheme = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire.name}"
-        share = 1 / sp.ulysses
-    area = sum(visit.tiles.area for visit in visits)
-    forward = int(4 * batch * heads * share * head_dim * area)
-    sent, sent_back = _ring_bytes(visits, batch * kv_heads * 2 * head_dim * share, dtype)
-    if seq is not None:
-        away = (1 - share) * batch * seq.local_length * head_dim * dtype.itemsize  # one head's local tokens that leave
-        sent += int(away * (2 * heads + 2 * kv_heads))  # q, k, v there, out back
-        sent_back += int(away * (2 * heads + 2 * kv_heads))  # dout there, dq, dk, dv back
+    mine, kv_mine = heads, kv_heads
+    sent = sent_back = 0
+    if ulysses is not None:
+        me = ulysses.wire.rank
+        mine, kv_mine = len(ulysses.heads[me]), len(ulysses.kv_heads[me])
+        sent, sent_back = (batch * n for n in _ulysses_bytes(ulysses, head_dim, dtype))
+    ring, ring_back = _ring_bytes(visits, batch * kv_mine * 2 * head_dim, dtype)
+    sent, sent_back = sent + ring, sent_back + ring_back
+    forward = 4 * batch * mine * head_dim * sum(visit.tiles.area for visit in visits)
     busy = sum(bool(visit.tiles) for visit in visits)
     tiles = sum(len(visit.tiles) for visit in visits)
     return Explanation(chosen, passed_over, scheme, len(visits), busy, tiles, forward, forward * 5 // 2, sent, sent_back)
 
 
-def _ring_bytes(visits: Sequence[Visit], numbers_a_token: float, dtype: torch.dtype) -> tuple[int, int]:
+def _ring_bytes(visits: Sequence[Visit], numbers_a_token: int, dtype: torch.dtype) -> tuple[int, int]:
     """(forward, backward) bytes of the ring: K and V each way round; in the backward their gradients come along."""
     moved = sum(visit.tiles.kv_len * len(visit.hops) for visit in visits) * numbers_a_token
     home = sum(visit.tiles.kv_len for visit in visits) * numbers_a_token if len(visits) > 1 else 0
-    return int(moved * dtype.itemsize), int(moved * dtype.itemsize + home * accumulator(dtype).itemsize)
+    return moved * dtype.itemsize, moved * dtype.itemsize + home * accumulator(dtype).itemsize
+
+
+def _ulysses_bytes(ulysses: Ulysses, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(forward, backward) bytes of the all-to-alls: q, k, v there, out and lse back; dout and delta there, dq, dk, dv back."""
+    me, wide = ulysses.wire.rank, accumulator(dtype).itemsize
+    row, kv_row = head_dim * dtype.itemsize, 2 * head_dim * dtype.itemsize  # of one token and head
+    home_row = 2 * head_dim * (wide if ulysses.shared else dtype.itemsize)  # dk and dv of a shared head travel unrounded
+    forward = backward = 0
+    for rank in range(ulysses.wire.size):
+        if rank != me:
+            here, there = ulysses.lengths[me], ulysses.lengths[rank]
+            forward += here * (len(ulysses.heads[rank]) * row + len(ulysses.kv_heads[rank]) * kv_row)
+            forward += there * len(ulysses.heads[me]) * (row + wide)
+            backward += here * len(ulysses.heads[rank]) * (row + wide)
+            backward += there * (len(ulysses.heads[me]) * row + len(ulysses.kv_heads[me]) * home_row)
+    return forward, backward

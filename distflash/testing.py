@@ -131,7 +131,7 @@ def _error(k: Tensor, r: Tensor, lo: Tensor, dtype: torch.dtype, norm_budget: fl
     if k.shape != r.shape:
         return f"shape {tuple(k.shape)}, expected {tuple(r.shape)}"
     seen = r > float("-inf")  # lse of rows that see nothing
-    if not torch.equal(k > float("-inf"), seen) or not torch.isfinite(k[seen]).all():
+    if not torch.equal(k == float("-inf"), ~seen) or not torch.isfinite(k[seen]).all():
         return "NaN or inf in the wrong place"
     k, r, lo = (torch.where(seen, x, 0.0) for x in (k, r, lo))
     if r.numel() == 0:

@@ -163,7 +163,7 @@ class ShardedSequence:
         """
         key = (left, right, kernel, scale, heads, kv_heads)
         if key not in self._schemes:
-            ulysses, sp = self._head_exchange(heads, kv_heads), self.sp
+            ulysses, sp = self.head_exchange(heads, kv_heads), self.sp
             self._schemes[key] = Scheme(self.visits(Mask(left, right, self.cu_seqlens)), sp.ring_wire, ulysses, kernel, scale)
         return self._schemes[key]
 
@@ -174,7 +174,8 @@ class ShardedSequence:
             self._plans[mask] = plan(outer, mask, self.sp._order, self.sp.ring_wire.rank)
         return self._plans[mask]
 
-    def _head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
+    def head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
+        """The all-to-all of this rank's Ulysses group, None without one. Raises ValueError if heads cannot be dealt out."""
         wire = self.sp.head_wire
         if wire.size == 1:
             return None

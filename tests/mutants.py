@@ -1,0 +1,252 @@
+"""Seeded bugs: each must be caught by the test that is named with it. `python tests/mutants.py [name ...]` runs all or some.
+
+A mutant replaces one piece of text, which must occur exactly once in its file, in a copy of the package, and runs the named tests
+there. It is killed if they fail; tests that cannot be collected or are not found are an error of the record, not a kill. First the
+same tests must pass without any mutant.
+
+To add one: a line in MUTANTS, with a test of a second or less that you saw pass; make the bug one that somebody could write, and
+one that a test answers at once (a rank that waits for a message that never comes costs two minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 60.0  # seconds a mutant's tests may take; a hang is a kill, but a slow one
+PASSED, FAILED = 0, 1  # pytest's exit codes
+
+
+class Mutant(NamedTuple):
+    """`old` becomes `new` in distflash/`file`, and `test` must fail."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+SCHEME = "parallel/test_ring.py::test_every_scheme_gives_the_gradients_of_dense_attention"
+RING = f"{SCHEME}[zigzag-ring-3]"
+COVERAGE = "parallel/test_plan.py::test_every_allowed_pair_is_in_exactly_one_tile_whatever_the_order_and_the_mask"
+ULYSSES = "parallel/test_ulysses.py::test_uneven_and_shared_heads_give_the_gradients_of_dense_attention"
+FP32 = "parallel/test_ring.py::test_partial_results_are_kept_in_fp32_until_the_last_hop"
+MERGE = "parallel/test_merge.py"
+HEADS = "kernels/test_eager.py::test_grouped_heads"
+BAD_CALL = "test_api.py::test_a_bad_call_on_one_device_says_what_is_wrong_and_what_to_do"
+LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
+
+MUTANTS = {
+    # layout, mask, plan
+    "zigzag gives early chunks only": Mutant(
+        "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",
+        "parallel/test_plan.py::test_zigzag_gives_every_rank_the_same_causal_work_where_chunks_divide"),
+    "a Ulysses group is gathered backwards": Mutant(
+        "parallel/layout.py", "for spans in group for span in spans", "for spans in group[::-1] for span in spans",
+        "parallel/test_layout.py::test_gathered_is_the_inverse_of_split_and_spans_are_joined_again"),
+    "document borders are off by one": Mutant(
+        "parallel/mask.py", "_first_at_least(span, documents[n]) for n",
+        "_first_at_least(span, documents[n] + 1) for n", f"{COVERAGE}[zigzag-2]"),
+    "documents are forgotten": Mutant(
+        "parallel/sequence.py", "Mask(left, right, self.cu_seqlens)", "Mask(left, right)", RING),
+    "the window is one token too wide": Mutant(
+        "parallel/mask.py", "(shift + self.right) // step", "(shift + self.right + 1) // step", f"{COVERAGE}[contiguous-1]"),
+    "the left side of the window is dropped": Mutant(
+        "parallel/mask.py", "lo = -far if self.left is None else -((self.left - shift) // step)", "lo = -far",
+        f"{COVERAGE}[contiguous-1]"),
+    "a band of stripes is rounded down on both sides": Mutant(
+        "parallel/mask.py", "-((self.left - shift) // step)", "(shift - self.left) // step", f"{COVERAGE}[striped-2]"),
+    "causal is top-left aligned": Mutant(
+        "parallel/mask.py", "range(n - m, n), range(n)", "range(m), range(n)",
+        "parallel/test_mask.py::test_causal_is_bottom_right_aligned"),
+    "a tile's band is not moved when it is cropped": Mutant(
+        "parallel/mask.py", "Band(band.lo - j0 + i0, band.hi - j0 + i0)", "band", f"{COVERAGE}[contiguous-3]"),
+    "a hop's tiles are dropped from the plan": Mutant(
+        "parallel/plan.py", "tiles(layout[rank], layout[at[t][rank]], mask),",
+        "tiles(layout[rank], layout[at[t][rank]], mask if t != 1 else Mask(0, 0, mask.documents)),",
+        f"{COVERAGE}[zigzag-2]"),
+    "the hop between hosts sets out too late": Mutant(
+        "parallel/plan.py", "t - (per_node if t % per_node == 0 else 1)", "t",
+        "parallel/test_plan.py::test_owner_tables_are_permutations_that_start_at_home"),
+    "a gradient goes where its block came from": Mutant(
+        "parallel/plan.py", "hop(t, (t + 1) % len(at)),", "hop(t, (t - 1) % len(at)),",
+        "parallel/test_plan.py::test_a_gradient_comes_home_with_a_part_of_every_rank"),
+    # merge, ring, autograd
+    "what an empty part holds leaks through a product with 0": Mutant(
+        "parallel/merge.py", "torch.where(seen, share * out, 0.0)", "share * out", MERGE),
+    "a merge does not subtract the maximum": Mutant(
+        "parallel/merge.py", 'torch.where(top > float("-inf"), top, 0.0)', "torch.zeros_like(top)", MERGE),
+    "lse has the wrong sign in a merge": Mutant(
+        "parallel/merge.py", "top + torch.log(total)", "top - torch.log(total)", MERGE),
+    "a visit is skipped": Mutant(
+        "parallel/ring.py", "if visit.tiles or visit.step == last:", "if visit.step in (0, last):", RING),
+    "keys and values of a message are swapped": Mutant(
+        "parallel/ring.py", "k, v = following.receive()", "v, k = following.receive()", RING),
+    "backward reads the first hop's keys": Mutant(
+        "parallel/ring.py", "dout, q, k_t, v_t, lse, delta", "dout, q, k, v, lse, delta", f"{SCHEME}[zigzag-ring-2]"),
+    "a rank replaces the gradients that arrive by its own": Mutant(
+        "parallel/ring.py", "theirs.add_(ours)", "theirs.copy_(ours)", RING),
+    "outputs are rounded at every hop": Mutant(
+        "parallel/ring.py", "dtype=q.dtype if visit.step == last else None)", "dtype=q.dtype)", FP32),
+    "dq is rounded at every hop": Mutant(
+        "parallel/ring.py", "dq_dtype=q.dtype if visit.step == last else None", "dq_dtype=q.dtype", FP32),
+    "gradients travel in 16 bits": Mutant(
+        "parallel/ring.py", "dkv_dtype=None if last else dkv_dtype", "dkv_dtype=dkv_dtype", FP32),
+    "messages of every hop are kept": Mutant(
+        "parallel/ring.py", "coming.pop(visit.step + 1, None)", "coming.get(visit.step + 1)",
+        "parallel/test_ring.py::test_a_ring_holds_two_messages_at_a_time_whatever_the_number_of_ranks[5]"),
+    "delta is missing": Mutant(
+        "parallel/autograd.py", "scheme.kernel.delta(out, dout)", "scheme.kernel.delta(out, dout) * 0", RING),
+    "the gradient of lse has the wrong sign": Mutant("parallel/autograd.py", "delta - dlse", "delta + dlse", RING),
+    "the gradient of lse is dropped": Mutant("parallel/autograd.py", "if dlse is not None:", "if False:", RING),
+    # Ulysses, sequence, loss
+    "heads are put together in the wrong order": Mutant(
+        "parallel/ulysses.py", "else parts(r) for r in range(self.wire.size)]", "else parts(r) for r in reversed(range(self.wire.size))]",
+        f"{ULYSSES}[zigzag-6-6-4-4]"),
+    "the ranks that share a key head are not summed": Mutant(
+        "parallel/ulysses.py", "heads.stop] += part", "heads.stop] = part", f"{ULYSSES}[zigzag-8-2-4-4]"),
+    "shared key heads are summed in 16 bits": Mutant(
+        "parallel/autograd.py", "accumulator(k.dtype) if ulysses.shared else k.dtype", "k.dtype",
+        "parallel/test_ulysses.py::test_shared_key_heads_are_summed_in_fp32"),
+    "positions are off by one": Mutant(
+        "parallel/sequence.py", "self.indices, right=True) - 1]", "self.indices, right=False) - 1]",
+        "parallel/test_sequence.py::test_indices_are_a_partition_and_positions_count_from_the_documents_start"),
+    "positions do not start anew with a document": Mutant(
+        "parallel/sequence.py", "return self.indices - borders[", "return self.indices - 0 * borders[",
+        "parallel/test_sequence.py::test_indices_are_a_partition_and_positions_count_from_the_documents_start"),
+    "the gradient of unshard forgets the other ranks": Mutant(
+        "parallel/sequence.py", "for part in parts[1:]), start=parts[0].to(wide))",
+        "for part in parts[:0]), start=parts[wire.rank].to(wide))",
+        "parallel/test_sequence.py::test_shard_and_unshard_are_each_others_exact_adjoint"),
+    "the gradient of the loss is P times too large": Mutant(
+        "parallel/loss.py", "ctx.reduce(grad.double())", "ctx.reduce(ctx.reduce(grad.double()))", LOSS),
+    "the gradient of the loss is P times too small": Mutant(
+        "parallel/loss.py", "ctx.reduce(grad.double())", "grad.double()", LOSS),
+    "the loss is a mean of means": Mutant(
+        "parallel/loss.py", "total, count = reduce(torch.stack([kept.sum(dtype=torch.float64), count])).unbind()",
+        "total = reduce(kept.sum(dtype=torch.float64) / count); count = reduce(torch.ones_like(count))",
+        "parallel/test_loss.py::test_it_is_the_mean_of_the_valid_tokens_and_not_of_the_ranks_means"),
+    "ignored tokens are multiplied by 0": Mutant(
+        "parallel/loss.py", "torch.where(ignore, 0.0, loss)", "loss * ~ignore",
+        "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
+    # eager kernel
+    "lse is in base 2": Mutant(
+        "kernels/eager.py", "lse = (top + torch.log(total))", "lse = (top + torch.log2(total))", HEADS),
+    "lse is the maximum alone": Mutant(
+        "kernels/eager.py", "acc.lse[:, :, rows] = top + torch.log(total)", "acc.lse[:, :, rows] = top", RING),
+    "the weights of a merge do not add up to 1": Mutant(
+        "kernels/eager.py", "/ torch.where(total > 0, total, 1.0)).transpose", "/ torch.exp(torch.log(total + 1e-3))).transpose",
+        "parallel/test_ring.py::test_the_weights_of_hops_add_up_to_one_whatever_the_size_of_the_scores"),
+    "the scale is forgotten in the backward": Mutant(
+        "kernels/eager.py", ".mul_(p).mul_(scale)", ".mul_(p)", HEADS),
+    "query head h reads key head h modulo their number": Mutant(
+        "kernels/eager.py", "x.unflatten(2, (kv_heads, -1))", "x.unflatten(2, (-1, kv_heads)).transpose(2, 3)",
+        HEADS),
+    "a tile is unmasked in the backward": Mutant(
+        "kernels/eager.py", "p.unflatten(2, (-1, keep.shape[0])).masked_fill_(~keep.to(p.device), 0.0)", "pass", HEADS),
+    "a block is cut on the right only": Mutant("kernels/eager.py", "keep = (offset >= lo) & (offset <= hi)", "keep = offset <= hi", HEADS),
+    "the running dq is overwritten": Mutant(
+        "kernels/eager.py", "contiguous_format) if dq is None else dq", "contiguous_format)",
+        "kernels/test_eager.py::test_running_results_are_merged_and_running_gradients_added"),
+    # the call
+    "the window is dropped at the door": Mutant(
+        "api.py", "window(causal, window_size)", "window(causal, (-1, -1))", "test_api.py::test_a_window_is_never_dropped_by_any_scheme"),
+    "softcap is accepted and ignored": Mutant(
+        "api.py", "refuse(softcap=(softcap, 0.0), ", "refuse(", BAD_CALL),
+    "the user's scale is ignored": Mutant(
+        "api.py", "scale_of(softmax_scale, ", "scale_of(None, ",
+        "parallel/test_ring.py::test_a_scale_of_ones_own_reaches_forward_and_backward"),
+    "rows past the last border are let through": Mutant(
+        "validate.py", "if cu[-1] != length:", "if cu[-1] > length:",
+        BAD_CALL),
+}  # fmt: skip
+
+
+def copy(source: Path, folder: Path) -> None:
+    """The package and its tests; what was compiled for the source stays valid but for the file that a mutant changes."""
+    for name in ("distflash", "tests"):
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*"))
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Write the bug into a copy of the package."""
+    file = folder / "distflash" / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times, not once: bring the record up to date")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run(tests: list[str], folder: Path) -> tuple[int | None, str]:
+    """(pytest's exit code or None past the deadline, its output), in a fork that imports distflash afresh."""
+    log = folder / "log"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            with log.open("w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            os.chdir(folder)
+            sys.path.insert(0, str(folder))
+            import pytest
+
+            code = int(pytest.main(["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", *(f"tests/{t}" for t in tests)]))
+        finally:
+            os._exit(code)
+    stop = time.monotonic() + DEADLINE
+    while time.monotonic() < stop:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), log.read_text()
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return None, log.read_text()
+
+
+def main(names: list[str]) -> int:
+    """0 if every mutant is killed."""
+    import hypothesis  # noqa: F401  what every fork would import again
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import torch.distributed.device_mesh
+    import torch.utils.checkpoint
+
+    assert "distflash" not in sys.modules, "a fork would test this copy, not its own"
+    torch.set_num_threads(1)
+    torch.library.custom_op("mutants::first", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor")(torch.ones(1))
+    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        sound = Path(folder, "sound")
+        copy(ROOT, sound)
+        code, output = run(sorted({mutant.test for mutant in chosen.values()}), sound)
+        if code != PASSED:
+            print(f"without any mutant the tests do not pass (exit code {code}):\n{output}")
+            return 1
+        for n, (name, mutant) in enumerate(chosen.items()):
+            broken = Path(folder, str(n))
+            copy(sound, broken)
+            apply(mutant, broken)
+            start = time.monotonic()
+            code, output = run([mutant.test], broken)
+            verdict = {FAILED: "killed", None: "killed by the deadline", PASSED: "SURVIVED"}.get(code, f"NOT TESTED, exit code {code}")
+            print(f"{verdict:<10} {time.monotonic() - start:4.1f} s  {name}", flush=True)
+            if not verdict.startswith("killed"):
+                survivors.append(name)
+                print(output)
+            shutil.rmtree(broken)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""What users hold: tokens, positions, shards and back."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import distflash
+from distflash.parallel.layout import LAYOUTS
+from distflash.testing import spmd
+
+S = 37
+RAGGED = (0, 0, 7, 8, 8, 30, S, S)
+
+
+def test_without_process_groups_one_device_holds_everything():
+    seq = distflash.SequenceParallel().sequence(5)
+    assert seq.indices.tolist() == seq.positions.tolist() == [0, 1, 2, 3, 4]
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(seq.shard(x), x) and torch.equal(seq.unshard(x), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks, ulysses", [(1, 1), (3, 1), (4, 2), (4, 4), (8, 2)])
+def test_indices_are_a_partition_and_positions_count_from_the_documents_start(layout, ranks, ulysses):
+    start = torch.zeros(S, dtype=torch.long)
+    for a, b in pairwise(RAGGED):
+        start[a:b] = a
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, layout=layout, ulysses=ulysses).sequence(cu_seqlens=torch.tensor(RAGGED, dtype=torch.int32))
+        assert seq.indices.dtype == seq.positions.dtype == torch.long
+        assert len(seq.indices) == len(seq.positions) == seq.local_length
+        assert torch.equal(seq.positions, seq.indices - start[seq.indices])
+        return seq.indices
+
+    assert sorted(torch.cat(spmd(ranks, work)).tolist()) == list(range(S))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 3, S])
+def test_unshard_undoes_shard_along_any_dim_and_dtype(layout, tokens):
+    made = [torch.randn(2, tokens, 3), torch.randn(tokens), torch.randn(2, 3, tokens).half(), torch.arange(tokens * 2).view(tokens, 2)]
+    made.append(torch.randn(3, tokens, 2).transpose(0, 2))  # not contiguous
+    made.append(torch.rand(2, tokens) > 0.5)
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, layout=layout, ulysses=2).sequence(tokens)
+        for x, dim in zip(made, (1, 0, -1, 0, 1, 1), strict=True):
+            local = seq.shard(x, dim)
+            assert local.shape[dim] == seq.local_length
+            assert torch.equal(local, x.index_select(dim, seq.indices))
+            assert torch.equal(seq.unshard(local, dim), x), (x.dtype, dim)
+
+    spmd(4, work)
+
+
+def test_shard_and_unshard_are_each_others_exact_adjoint():
+    x, g = torch.randn(2, S, 3, dtype=torch.float64), [torch.randn(2, S, 3, dtype=torch.float64) for _ in range(3)]
+
+    def work(group):
+        seq = distflash.SequenceParallel(group).sequence(S)
+        whole = x.clone().requires_grad_()
+        seq.shard(whole).backward(seq.shard(g[0]))
+        local = seq.shard(x).requires_grad_()
+        seq.unshard(local).backward(g[group.rank])  # every rank has its own use of the whole
+        return whole.grad, local.grad, seq.shard(sum(g))
+
+    results = spmd(3, work)
+    assert torch.equal(sum(grad for grad, _, _ in results), g[0]), "the gradients of shard() add up to the whole"
+    for _, found, expected in results:
+        assert (found - expected).abs().max() < 1e-14, "the gradient of unshard() is the sum over ranks"
+
+
+def test_gradients_of_unshard_are_summed_in_fp32():
+    grads = [torch.full((1, 8, 1), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, -256.0)]
+
+    def work(group):
+        seq = distflash.SequenceParallel(group).sequence(8)
+        local = torch.zeros(1, seq.local_length, 1, dtype=torch.bfloat16, requires_grad=True)
+        seq.unshard(local).backward(grads[group.rank])
+        return local.grad
+
+    for grad in spmd(4, work):
+        assert (grad == 2).all()  # 256 + 1 is 256 in bf16
+
+
+def test_a_plan_is_made_once_and_shared_by_all_layers():
+    seq = distflash.SequenceParallel().sequence(S)
+    q = torch.randn(1, S, 2, 4)
+    for _ in range(3):
+        distflash.attention(q, q, q, seq, causal=True)
+    distflash.attention(q, q, q, seq)
+    assert len(seq._plans) == len(seq._schemes) == 2
+
+
+@pytest.mark.parametrize("per_node, ulysses, expected", [(2, 1, "double_ring"), (4, 1, "ring"), (2, 2, "ring"), (1, 1, "ring")])
+def test_auto_is_a_double_ring_across_several_hosts_only(per_node, ulysses, expected):
+    orders = spmd(4, lambda group: distflash.SequenceParallel(group, ulysses=ulysses).order, per_node=per_node)
+    assert orders == [expected] * 4
+
+
+def test_one_device_ignores_the_process_group():
+    def work(group):
+        distflash.SequenceParallel(group)
+        return distflash.SequenceParallel.single().size
+
+    assert spmd(2, work) == [1, 1]
+
+
+def test_they_say_what_they_are():
+    sp = distflash.SequenceParallel(order="ring")
+    assert repr(sp) == "SequenceParallel(rank 0 of 1, zigzag, ring, ulysses=1, local)"
+    assert "7 tokens, 2 documents, 7 here" in repr(sp.sequence(cu_seqlens=[0, 3, 7]))

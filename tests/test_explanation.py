@@ -1,0 +1,93 @@
+"""What a call would do: names, reasons, and counts that agree with what is then sent."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+import distflash
+from distflash.parallel.wire.local import LocalWire
+from distflash.testing import keep_mask, spmd
+
+S = 256
+
+
+def test_on_one_device_it_says_what_runs_and_that_nothing_is_sent():
+    found = distflash.explain((2, 10, 4, 8), (2, 10, 2, 8), causal=True, dtype=torch.float32, device="cpu")
+    pairs = int(keep_mask(10, 10, causal=True).sum())
+    assert (found.kernel, found.visits, found.busy_visits, found.tiles) == ("eager", 1, 1, 1)
+    assert found.forward_flops == 4 * 2 * 4 * 8 * pairs and found.backward_flops == 10 * 2 * 4 * 8 * pairs
+    assert found.forward_bytes == found.backward_bytes == 0 and "nothing is sent" in str(found)
+
+
+def test_it_says_why_candidates_were_passed_over():
+    found = distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), device="cpu")
+    assert dict(found.passed_over)["triton"]
+    assert all(reason for _, reason in found.passed_over) and found.kernel not in dict(found.passed_over)
+    assert f"not triton: {dict(found.passed_over)['triton']}" in str(found)
+    assert distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), device="cpu", kernel="reference").kernel == "reference"
+
+
+def test_work_is_counted_exactly_and_adds_up_over_ranks():
+    cu, window = (0, 7, 8, 8, 30, 37), (6, -1)
+    pairs = int(keep_mask(37, 37, causal=True, window_size=window, cu_seqlens_q=cu).sum())
+
+    def work(group, ulysses):
+        seq = distflash.SequenceParallel(group, ulysses=ulysses).sequence(cu_seqlens=cu)
+        shape = (2, seq.local_length, 6, 8)
+        return distflash.explain(shape, (2, seq.local_length, 3, 8), seq, causal=True, window_size=window, dtype=torch.float32)
+
+    for ulysses in (1, 2, 4):
+        found = spmd(4, lambda group, ulysses=ulysses: work(group, ulysses))
+        assert sum(one.forward_flops for one in found) == 4 * 2 * 6 * 8 * pairs, f"ulysses {ulysses}"
+        assert f"zigzag, ring of {4 // ulysses}, ulysses {ulysses}, over local" in str(found[0])
+
+
+@pytest.mark.parametrize("order", ["ring", "all_gather", "double_ring"])
+@pytest.mark.parametrize("ulysses, heads, kv_heads", [(1, 4, 2), (2, 4, 2), (2, 12, 6), (4, 8, 2), (4, 12, 12), (2, 6, 3)])
+def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, ulysses, heads, kv_heads, monkeypatch):
+    """Sizes are such that no tensor needs padding inside a message."""
+    sent, where = Counter(), threading.local()
+    exchange = LocalWire.exchange
+
+    def counted(self, sends, recvs):
+        sent[self.rank, where.phase] += sum(message.numel() for message in sends.values())
+        return exchange(self, sends, recvs)
+
+    monkeypatch.setattr(LocalWire, "exchange", counted)
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, order=order, ulysses=ulysses).sequence(S)
+        q, k, v = (torch.randn(1, seq.local_length, h, 32).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads))
+        where.phase = "forward"
+        out = distflash.attention(q, k, v, seq, causal=True)
+        where.phase = "backward"
+        out.sum().backward()
+        return distflash.explain(q.shape, k.shape, seq, causal=True)
+
+    for rank, found in enumerate(spmd(4, work, per_node=2)):
+        expected = sent[rank, "forward"], sent[rank, "backward"]
+        assert (found.forward_bytes, found.backward_bytes) == expected, f"rank {rank}"
+
+
+def test_what_the_call_would_refuse_it_refuses_too():
+    with pytest.raises(ValueError, match="kernel='fast' is not known"):
+        distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), kernel="fast")
+    with pytest.raises(ValueError, match="window_size"):
+        distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), window_size=(1,))
+    with pytest.raises(ValueError, match="multiple of key/value heads"):
+        distflash.explain((1, 4, 3, 8), (1, 4, 2, 8))
+    with pytest.raises(ValueError, match="agree in batch and head_dim"):
+        distflash.explain((1, 4, 2, 8), (1, 4, 2, 16))
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, ulysses=4).sequence(8)
+        with pytest.raises(ValueError, match="ulysses=4 needs at least as many query heads, got 2"):
+            distflash.explain((1, 2, 2, 8), (1, 2, 2, 8), seq)
+        with pytest.raises(ValueError, match="q has 8 tokens, but rank"):
+            distflash.explain((1, 8, 4, 8), (1, 8, 4, 8), seq)
+
+    spmd(4, work)
