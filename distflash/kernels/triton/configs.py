@@ -1,0 +1,81 @@
+"""Tile sizes as data: one fixed configuration a (pass, architecture family, element size, head size). No autotuning: it costs minutes.
+
+`rows` is the block of the tile table that a program owns, `columns` the step in which it walks the entries. Shared memory must fit the
+family's smallest member (compile_check holds the limits) and the 16-bit configurations of sm_90 must not spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a program, its warps, and how many steps its loads run ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for value in (self.rows, self.columns, self.warps):
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"rows, columns and warps are powers of two, got {self}")
+
+
+PASSES = ("forward", "dkv", "dq")
+_WIDTHS = (64, 128, 256)  # of the padded head; the columns of the tables below
+_HOPPER = {
+    "forward": (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    "dkv": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+    "dq": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+}
+_BLACKWELL = (
+    _HOPPER
+    | {  # at D = 256 the accumulators of larger blocks need more than the 512 columns of tensor memory
+        "dkv": (*_HOPPER["dkv"][:2], Config(32, 32, 4, 1)),
+    }
+)
+_AMPERE = {  # fits the 99 KB of sm_86, sm_89 and sm_120 too
+    "forward": (Config(128, 64, 4, 2), Config(128, 32, 4, 2), Config(64, 32, 4, 2)),
+    "dkv": (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+}
+_CDNA = {
+    "forward": (Config(128, 64, 4, 1), Config(128, 32, 4, 1), Config(64, 32, 4, 1)),
+    "dkv": (Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
+}
+_FP32 = {  # exact fp32 dots run on the FMA units, operands in registers
+    "forward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
+    "dkv": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
+    "dq": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 8, 1)),
+}
+_SMALL = {name: (Config(64, 64, 4, 1),) * 3 for name in PASSES}
+FAMILIES = {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm80": _AMPERE, "gfx9": _CDNA, "interpreter": _SMALL}
+
+
+@cache
+def family(device: torch.device) -> str:
+    """The architecture family of a device; what is unknown gets the smallest tiles of its vendor."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx9"
+    return {9: "sm90", 10: "sm100"}.get(torch.cuda.get_device_capability(device)[0], "sm80")
+
+
+@cache
+def config(pass_: str, arch: str, itemsize: int, width: int) -> Config:
+    """The configuration of a pass for a padded head of `width`."""
+    table = _FP32 if itemsize == 4 and arch != "interpreter" else FAMILIES[arch]
+    return table[pass_][next(n for n, limit in enumerate(_WIDTHS) if width <= limit)]
+
+
+def pad(dim: int) -> int:
+    """A head size as the power of two that tl.dot works on."""
+    return max(16, 1 << (dim - 1).bit_length())

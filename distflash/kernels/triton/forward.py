@@ -1,0 +1,101 @@
+"""Forward attention over a tile table: FlashAttention-2 (arXiv:2307.08691), algorithm 1, with the softmax in base 2.
+
+Legend: B batch, T local queries, H query heads, D / DV head dims of q·k and of v, padded to PAD / PAD_V.
+One program is one block of queries (ROWS) of one head; it keeps its q, walks the keys in steps of COLUMNS, and merges the running
+(out, lse) of earlier visits in registers before its one store: a merge as a kernel of its own costs 6 to 25 % of a ring step.
+The body exceeds the usual length because a kernel's whole state is its local variables.
+"""
+
+import triton
+import triton.language as tl
+
+from distflash.kernels.triton.tiles import column_ranges, kept, load_tile, store_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    out, peak, total, q, k, v, k_t, v_t, begin, stop, end, rows, lo, hi, scale2,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
+    WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One range of columns: out, row maxima and row sums, updated by the online softmax."""
+    for column in tl.range(begin, stop, COLUMNS):
+        keys = load_tile(k, k_t, column, end, D, COLUMNS, PAD, WIDE, MASKED)  # [COLUMNS, PAD]
+        score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS] fp32
+        if MASKED:
+            keep = kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO)
+            score = tl.where(keep, score * scale2, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing yet: exp2(-inf - 0) = 0, no NaN
+            p = tl.exp2(score - shift[:, None])
+        else:
+            higher = tl.maximum(peak, tl.max(score, 1) * scale2)  # scale2 >= 0
+            shift = higher
+            p = tl.exp2(score * scale2 - shift[:, None])
+        shrink = tl.exp2(peak - shift)
+        total = total * shrink + tl.sum(p, 1)
+        out = out * shrink[:, None]
+        values = load_tile(v, v_t, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED)  # [COLUMNS, PAD_V]
+        out = tl.dot(p.to(values.dtype), values, out, input_precision="ieee")
+        peak = higher
+    return out, peak, total
+
+
+@triton.jit(do_not_specialize=["n_blocks", "heads", "q_len"])
+def forward_kernel(
+    q, k, v, out, lse, acc_out, acc_lse, blocks, entries, scale2,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, n_blocks, heads, group, q_len,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, H, DV] and lse [B, H, T], both contiguous; acc_out and acc_lse likewise, read if MERGE. Needs scale2 >= 0."""
+    program = tl.program_id(0)
+    block = blocks + 4 * (program % n_blocks)  # a head's blocks run side by side and share its k and v in L2
+    head = program // n_blocks % heads
+    batch = tl.cast(program // n_blocks // heads, tl.int64)
+    first_row, stop_row = tl.load(block), tl.load(block + 1)
+    entry, n_entries = tl.load(block + 2), tl.load(block + 3)
+    rows = first_row + tl.arange(0, ROWS)
+
+    q_tile = load_tile(q + batch * q_b + tl.cast(head, tl.int64) * q_h, q_t, first_row, stop_row, D, ROWS, PAD, WIDE, True)
+    k += batch * k_b + tl.cast(head // group, tl.int64) * k_h
+    v += batch * v_b + tl.cast(head // group, tl.int64) * v_h
+    o = tl.zeros([ROWS, PAD_V], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for n in range(entry, entry + n_entries):
+        start, stop = tl.load(entries + 4 * n), tl.load(entries + 4 * n + 1)
+        lo, hi = tl.load(entries + 4 * n + 2), tl.load(entries + 4 * n + 3)
+        first, inner, tail, end = column_ranges(first_row, stop_row, start, stop, lo, hi, COLUMNS)
+        if HAS_LO:
+            o, peak, total = _attend(
+                o, peak, total, q_tile, k, v, k_t, v_t, first, tl.minimum(inner, end), end, rows, lo, hi, scale2,
+                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+            )  # fmt: skip
+        o, peak, total = _attend(
+            o, peak, total, q_tile, k, v, k_t, v_t, inner, tail, end, rows, lo, hi, scale2,
+            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=False,
+        )  # fmt: skip
+        o, peak, total = _attend(
+            o, peak, total, q_tile, k, v, k_t, v_t, tail, end, end, rows, lo, hi, scale2,
+            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+        )  # fmt: skip
+
+    line = (batch * heads + head) * q_len + rows  # of lse
+    plane = (batch * q_len * heads + head) * DV  # of out
+    if MERGE:  # the running partial is one more column, of weight exp(acc_lse)
+        before = tl.load(acc_lse + line, mask=rows < stop_row, other=float("-inf")) * LOG2E
+        higher = tl.maximum(peak, before)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        old, new = tl.exp2(before - shift), tl.exp2(peak - shift)
+        total = total * new + old
+        carried = load_tile(acc_out + plane, heads * DV, first_row, stop_row, DV, ROWS, PAD_V, WIDE, True)
+        o = o * new[:, None] + carried * old[:, None]
+        peak = higher
+    seen = total > 0.0
+    o = o * (1.0 / tl.where(seen, total, 1.0))[:, None]
+    tl.store(lse + line, tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf")), mask=rows < stop_row)
+    store_tile(out + plane, heads * DV, first_row, stop_row, o, DV, ROWS, PAD_V, WIDE)

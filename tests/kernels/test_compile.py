@@ -1,0 +1,46 @@
+"""The shipped configurations compile for every target without a GPU, and the ones that the speed rests on do not spill."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def compile_check(*arguments: str) -> subprocess.CompletedProcess:
+    """In a process of its own: interpreted and compiled kernels cannot share one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "distflash.kernels.compile_check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--target", "sm_90", "--head-dim", "64", "128", "--dtype", "bf16"),
+        ("--target", "sm_80", "sm_100", "gfx942", "--head-dim", "128", "--dtype", "bf16"),
+    ],
+    ids=["hopper", "others"],
+)
+def test_shipped_configurations_compile(arguments):
+    done = compile_check(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "all pass" in done.stdout
+
+
+def test_a_configuration_that_spills_is_reported():
+    done = compile_check("--target", "sm_90", "--head-dim", "128", "--dtype", "bf16", "--pass", "forward", "--tile", "128", "64", "4", "3")
+    assert done.returncode == 1
+    assert "spills" in done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_kernel_that_does_not_fit_into_tensor_memory_is_reported():
+    """Triton compiles it to a bare trap, without an error: 4 registers, no spills, nothing stored."""
+    tile = ("--tile", "64", "32", "8", "2")
+    done = compile_check("--target", "sm_100", "--head-dim", "256", "--dtype", "bf16", "--pass", "dkv", *tile)
+    assert done.returncode == 1
+    assert "columns of tensor memory" in done.stdout
