@@ -57,7 +57,7 @@ class WorldLike(Protocol):
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place on the (dp x cp) mesh; the groups are None in a single process."""
+    """This rank's place on the (dp x cp) mesh; the groups are None in a process without a process group."""
 
     dp: int
     dp_rank: int
@@ -67,7 +67,7 @@ class Mesh:
 
     @classmethod
     def make(cls, world: WorldLike, cp: int) -> Mesh:
-        if world.size == 1:
+        if not dist.is_initialized():
             return cls(1, 0)
         kind, dp = world.device.type, world.size // cp
         mesh = init_device_mesh(kind, (dp, cp), mesh_dim_names=("dp", "cp"))
