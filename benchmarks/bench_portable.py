@@ -1,6 +1,6 @@
 """The portable Triton kernel beside FlexAttention and FlashAttention-2 (torch's own SDPA backend), on one GPU in one run.
 
-    python benchmarks/bench_portable.py [--out FILE] [--sweep] [--dtype bf16] [--head-dim 64 128] [--length 8192]
+    python benchmarks/bench_portable.py [--out FILE] [--sweep] [--dtype bf16] [--head-dim 64 128] [--length 8192] [--heads-first]
 
 B·S = 32768 tokens, H·D = 2048. FLOPs: forward 4·B·H·S²·D, halved if causal; backward 2.5 times that. Each figure is the median of many
 runs with the 20th and 80th percentile beside it. The kernel is first compared with fp64 on a small case. --sweep times the candidate
@@ -29,18 +29,9 @@ from distflash.tile import Band, Tile, Tiles
 TOKENS, WIDTH = 32768, 2048
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CANDIDATES = {  # (rows, columns, warps, stages)
-    "forward": [
-        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 4, 2),
-        (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 32, 4, 4), (256, 64, 8, 3),
-    ],
-    "dkv": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 3),
-        (64, 128, 8, 2),
-    ],
-    "dq": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 128, 8, 1), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-        (64, 128, 8, 2), (64, 32, 4, 3),
-    ],
+    "forward": [(128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
+    "dkv": [(64, 32, 4, 3), (64, 32, 4, 4), (64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (128, 64, 8, 3)],
+    "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4)],
 }  # fmt: skip
 
 
@@ -75,10 +66,17 @@ def measure(run: Callable[[], object], flops: float) -> dict[str, float]:
     return {"ms": median, "tflops": flops / median / 1e9, "tflops_low": flops / slow / 1e9, "tflops_high": flops / fast / 1e9}
 
 
-def ours(B: int, S: int, H: int, D: int, causal: bool, dtype: torch.dtype) -> tuple[Callable, Callable]:
+def inputs(B: int, S: int, H: int, D: int, dtype: torch.dtype, heads_first: bool) -> list[torch.Tensor]:
+    """q, k, v, dout as [B, S, H, D]; in memory too, or as [B, H, S, D] there."""
+    if heads_first:
+        return [torch.randn(B, H, S, D, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4)]
+    return [torch.randn(B, S, H, D, device="cuda", dtype=dtype) for _ in range(4)]
+
+
+def ours(B: int, S: int, H: int, D: int, causal: bool, dtype: torch.dtype, heads_first: bool) -> tuple[Callable, Callable]:
     """(forward, backward with delta) of the portable kernel; outputs in the inputs' dtype, as the peers'."""
     kernel, tiles, scale = TritonKernel(), tiles_of(S, causal), D**-0.5
-    q, k, v, dout = (torch.randn(B, S, H, D, device="cuda", dtype=dtype) for _ in range(4))
+    q, k, v, dout = inputs(B, S, H, D, dtype, heads_first)
     out, lse = kernel.forward(q, k, v, tiles, scale, dtype=dtype)
 
     def backward():
@@ -107,10 +105,10 @@ def peers(S: int, causal: bool) -> dict[str, Callable]:
     return {"flex": lambda q, k, v: compiled(q, k, v, block_mask=mask), "fa2": fa2}
 
 
-def compare(S: int, D: int, causal: bool, dtype: torch.dtype) -> Iterator[dict]:
+def compare(S: int, D: int, causal: bool, dtype: torch.dtype, heads_first: bool) -> Iterator[dict]:
     B, H = TOKENS // S, WIDTH // D
     flops = 4 * B * H * S * S * D * (0.5 if causal else 1.0)
-    runs = {"triton": lambda: ours(B, S, H, D, causal, dtype)}
+    runs = {"triton": lambda: ours(B, S, H, D, causal, dtype, heads_first)}
     runs |= {name: lambda attend=attend: peer(attend, B, S, H, D, dtype) for name, attend in peers(S, causal).items()}
     for name, prepare in runs.items():
         forward, backward = prepare()
@@ -118,11 +116,11 @@ def compare(S: int, D: int, causal: bool, dtype: torch.dtype) -> Iterator[dict]:
         yield {"kernel": name, "pass": "backward", **measure(backward, 2.5 * flops)}
 
 
-def sweep(S: int, D: int, causal: bool, dtype: torch.dtype) -> Iterator[dict]:
+def sweep(S: int, D: int, causal: bool, dtype: torch.dtype, heads_first: bool) -> Iterator[dict]:
     """Each candidate of each pass, timed alone. TFLOP/s of dkv and dq count their own matmuls: 4 and 3 of the forward's 2."""
     B, H, scale = TOKENS // S, WIDTH // D, D**-0.5
     tiles, flops = tiles_of(S, causal), 4 * B * H * S * S * D * (0.5 if causal else 1.0)
-    q, k, v, dout = (torch.randn(B, S, H, D, device="cuda", dtype=dtype) for _ in range(4))
+    q, k, v, dout = inputs(B, S, H, D, dtype, heads_first)
     out, lse = TritonKernel().forward(q, k, v, tiles, scale, dtype=dtype)
     delta, lse2 = TritonKernel().delta(out, dout), lse * 1.4426950408889634
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
@@ -149,6 +147,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--head-dim", nargs="+", type=int, default=[128, 64])
     parser.add_argument("--length", nargs="+", type=int, default=[8192])
+    parser.add_argument("--heads-first", action="store_true", help="our tensors as [B, H, S, D] in memory, like the peers'")
     args = parser.parse_args()
     gpu, dtype = torch.cuda.get_device_name(), DTYPES[args.dtype]
     about = {"device": gpu, "torch": torch.__version__, "triton": triton.__version__, "dtype": args.dtype, "tokens": TOKENS, "width": WIDTH}
@@ -159,7 +158,7 @@ def main() -> None:
         print(f"D={D} against fp64, causal:", {name: f"{error:.1e}" for name, error in errors[True].items()})
         for S in args.length:
             for causal in (True, False):
-                for row in (sweep if args.sweep else compare)(S, D, causal, dtype):
+                for row in (sweep if args.sweep else compare)(S, D, causal, dtype, args.heads_first):
                     rows.append({"D": D, "S": S, "causal": causal, **row})
                     print(line(rows[-1]), flush=True)
     slug = gpu.lower().replace("nvidia ", "").replace(" ", "_")
