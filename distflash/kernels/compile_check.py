@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing import Pool
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -108,8 +109,8 @@ def build(case: Case) -> Compiled:
             attrs[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {name: constants[name] for name in kernel.arg_names if name.isupper()}, attrs)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
-    triton.knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
-    triton.knobs.nvidia.dump_ptxas_log = True  # its figures and warnings, printed to stdout
+    knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
+    knobs.nvidia.dump_ptxas_log = True  # its figures and warnings, printed to stdout
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=TARGETS[case.target].gpu, options=options)
     return _amd(compiled) if case.target.startswith("gfx") else _nvidia(compiled, log.getvalue())
@@ -130,7 +131,7 @@ def _type_of(name: str, dtype: str) -> str:
 def _nvidia(compiled, said: str) -> Compiled:
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     return Compiled(
-        int(re.search(r"Used (\d+) registers", said).group(1)),
+        _figure(r"Used (\d+) registers", said),
         spilled,
         compiled.metadata.shared,
         "serialized" in said,
@@ -139,12 +140,17 @@ def _nvidia(compiled, said: str) -> Compiled:
     )
 
 
+def _figure(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"the compiler did not print {pattern}"
+    return int(found.group(1))
+
+
 def _amd(compiled) -> Compiled:
     text = compiled.asm["amdgcn"]
-    count = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # noqa: E731
     return Compiled(
-        count("vgpr_count"),
-        4 * count("vgpr_spill_count"),
+        _figure(r"\.vgpr_count:\s+(\d+)", text),
+        4 * _figure(r"\.vgpr_spill_count:\s+(\d+)", text),
         compiled.metadata.shared,
         False,
         0,
@@ -174,7 +180,7 @@ def check(case: Case) -> tuple[Case, Compiled | None, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print a line a kernel, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pass", dest="passes", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])

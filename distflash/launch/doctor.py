@@ -105,9 +105,10 @@ def judge(facts: Facts) -> tuple[list[str], list[str]]:
 def _versions() -> dict[str, str | None]:
     import torch
     import torch.distributed as dist
+    from torch.cuda.nccl import version as nccl_version
 
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    nccl = torch.cuda.nccl.version() if torch.version.cuda and dist.is_available() and dist.is_nccl_available() else None
+    nccl = nccl_version() if torch.version.cuda and dist.is_available() and dist.is_nccl_available() else None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -52,10 +52,9 @@ class TritonKernel:
         """Attend over `tiles` and merge with `acc`; in place where acc is contiguous and `out` stays fp32."""
         q, k, v = _rowwise(-q if scale < 0 else q), _rowwise(k), _rowwise(v)  # the kernel's row maximum needs a scale >= 0
         (B, Tq, H, D), Dv, dtype = q.shape, v.shape[3], dtype or torch.float32
-        if acc is not None:
-            acc = Partial(acc.out.contiguous(), acc.lse.contiguous())
+        acc = Partial(acc.out.contiguous(), acc.lse.contiguous()) if acc is not None else None
         stays = acc is not None and dtype == torch.float32
-        out = acc.out if stays else torch.empty(B, Tq, H, Dv, dtype=dtype, device=q.device)
+        out = acc.out if acc is not None and stays else torch.empty(B, Tq, H, Dv, dtype=dtype, device=q.device)
         lse = acc.lse if acc is not None else torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
         tile = self._config("forward", q, v)
         table = row_table(tiles, tile.rows, q.device)
@@ -104,7 +103,7 @@ class TritonKernel:
         dk, dv = (torch.empty(t.shape, dtype=dkv_dtype, device=t.device) for t in (k, v))
         carried = dq.contiguous() if dq is not None else None
         stays = carried is not None and dq_dtype == carried.dtype
-        dq = carried if stays else torch.empty(q.shape, dtype=dq_dtype, device=q.device)
+        dq = carried if carried is not None and stays else torch.empty(q.shape, dtype=dq_dtype, device=q.device)
         self._dkv(dout, q, k, v, lse2, delta, tiles, scale, dk, dv)
         self._dq(dout, q, k, v, lse2, delta, tiles, scale, dq, carried, stays)
         return dq, dk, dv
