@@ -263,6 +263,9 @@ def _resolve(group: Group | None, ulysses: int | str) -> tuple[dist.ProcessGroup
         raise ValueError(f"ulysses={ulysses} disagrees with the mesh, whose 'ulysses' axis has {degree} ranks: leave it 'auto'")
     if names != ("ring", "ulysses"):
         raise ValueError("the mesh's axes must be ('ring', 'ulysses'), Ulysses inner: adjacent ranks share heads")
+    ranks = group.mesh.flatten().tolist()
+    if ranks != sorted(ranks):  # a process group counts its members in ascending order: other ranks would become neighbours
+        raise ValueError(f"the mesh must list its ranks in ascending order, row by row, got {ranks}: renumber the processes")
     return group._flatten().get_group(), degree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import distflash
 from distflash.parallel.wire import p2p
@@ -101,6 +101,8 @@ def test_meshes_of_one_and_two_dimensions():
             distflash.SequenceParallel(data)
         with pytest.raises(ValueError, match="Ulysses inner"):
             distflash.SequenceParallel(init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "ring")))
+        with pytest.raises(ValueError, match="ascending order"):
+            distflash.SequenceParallel(DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("ring", "ulysses")))
         meshes = line, grid, data["sp"]
         return [run_rank(call, x, mesh) for call, mesh in zip(calls, meshes, strict=True)]
 
