@@ -4,8 +4,8 @@
 
 Prints registers, spilled bytes, shared memory and serialised wgmma of each kernel. Exits with 1 if something does not compile, needs
 more shared or tensor memory than the target has, comes out as a kernel that stores nothing (Triton turns what does not fit into tensor
-memory into a bare trap and reports success), or spills or serialises in a 16-bit configuration of sm_90 at a head size of 64 or 128. To
-check another Triton release, unpack it and put it first on PYTHONPATH.
+memory into a bare trap and reports success), or spills more than a few words or serialises in a 16-bit configuration of sm_90 at a head
+size of 64 or 128. To check another Triton release, unpack it and put it first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ TARGETS = {
 }
 KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel, "delta": delta_kernel}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALLOWED_SPILL = 128  # bytes a thread, around the loops: dK/dV at D = 128 is faster with them than in narrower tiles without
 _FP32_POINTERS = {"lse", "lse2", "delta", "acc_out", "acc_lse", "acc_dq", "dk", "dv", "dq"}
 _INT_POINTERS = {"blocks", "entries"}
 _INPUTS = {"q", "k", "v", "out", "dout"}
@@ -100,7 +101,7 @@ def build(case: Case) -> Compiled:
     kernel = KERNELS[case.pass_]
     constants = {
         "D": case.head_dim, "DV": case.head_dim, "PAD": case.head_dim, "PAD_V": case.head_dim, "ROWS": case.tile.rows,
-        "COLUMNS": case.tile.columns, "HAS_LO": case.has_lo, "MERGE": case.merge, "WIDE": False,
+        "COLUMNS": case.tile.columns, "HAS_LO": case.has_lo, "MERGE": case.merge, "ALIGNED": not case.has_lo, "WIDE": False,
     }  # fmt: skip
     signature, attrs = {}, {}
     for n, name in enumerate(kernel.arg_names):
@@ -171,7 +172,7 @@ def check(case: Case) -> tuple[Case, Compiled | None, str]:
         return case, result, f"needs {result.tensor_memory} columns of tensor memory, {case.target} has 512"
     if result.stores == 0:
         return case, result, "stores nothing"
-    if case.strict and result.spilled:
+    if case.strict and result.spilled > ALLOWED_SPILL:
         return case, result, f"spills {result.spilled} B"
     if case.strict and result.serialised:
         return case, result, "wgmma serialised"

@@ -34,10 +34,12 @@ def delta_kernel(
 def _dkv_range(
     dk, dv, keys, values, q, dout, lse2, delta, q_t, dout_t, begin, stop, end, rows, lo, hi, scale2,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One range of queries (the columns here), all tiles transposed: P and dS stay in registers as left operands."""
     for column in tl.range(begin, stop, COLUMNS):
+        if ALIGNED:
+            column = column // 16 * 16  # what it is already, said so that the compiler knows: lse2 and delta come in half as many copies
         q_tile = load_tile(q, q_t, column, end, D, COLUMNS, PAD, WIDE, MASKED)  # [COLUMNS, PAD]
         log_sum = load_vector(lse2, column, end, COLUMNS, MASKED)
         p = tl.exp2(tl.dot(keys, q_tile.T, input_precision="ieee") * scale2 - log_sum[None, :])  # [ROWS, COLUMNS]
@@ -58,7 +60,7 @@ def dkv_kernel(
     q, k, v, dout, lse2, delta, dk, dv, blocks, entries, scale, scale2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dout_b, dout_t, dout_h, n_blocks, kv_heads, group, q_len, kv_len,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_LO: tl.constexpr, WIDE: tl.constexpr,
+    HAS_LO: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dk [B, S, Hk, D], dv [B, S, Hk, DV], contiguous; bands of the table are on query - key."""
     program = tl.program_id(0)
@@ -77,6 +79,8 @@ def dkv_kernel(
         q_head = q + batch * q_b + tl.cast(head, tl.int64) * q_h
         dout_head = dout + batch * dout_b + tl.cast(head, tl.int64) * dout_h
         line = (batch * kv_heads * group + head) * q_len
+        if ALIGNED:
+            line = line // 16 * 16
         for n in range(entry, entry + n_entries):
             start, stop = tl.load(entries + 4 * n), tl.load(entries + 4 * n + 1)
             lo, hi = tl.load(entries + 4 * n + 2), tl.load(entries + 4 * n + 3)
@@ -85,17 +89,17 @@ def dkv_kernel(
                 dk_tile, dv_tile = _dkv_range(
                     dk_tile, dv_tile, keys, values, q_head, dout_head, lse2 + line, delta + line, q_t, dout_t,
                     first, tl.minimum(inner, end), end, rows, lo, hi, scale2,
-                    D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+                    D, DV, PAD, PAD_V, COLUMNS, HAS_LO, ALIGNED, WIDE, MASKED=True,
                 )  # fmt: skip
             dk_tile, dv_tile = _dkv_range(
                 dk_tile, dv_tile, keys, values, q_head, dout_head, lse2 + line, delta + line, q_t, dout_t,
                 inner, tail, end, rows, lo, hi, scale2,
-                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=False,
+                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, ALIGNED, WIDE, MASKED=False,
             )  # fmt: skip
             dk_tile, dv_tile = _dkv_range(
                 dk_tile, dv_tile, keys, values, q_head, dout_head, lse2 + line, delta + line, q_t, dout_t,
                 tail, end, end, rows, lo, hi, scale2,
-                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, ALIGNED, WIDE, MASKED=True,
             )  # fmt: skip
 
     plane = batch * kv_len * kv_heads + kv_head

@@ -31,8 +31,8 @@ PASSES = ("forward", "dkv", "dq")
 _WIDTHS = (64, 128, 256)  # of the padded head; the columns of the tables below
 _HOPPER = {
     "forward": (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
-    "dkv": (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-    "dq": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+    "dkv": (Config(128, 64, 8, 2), Config(64, 32, 4, 3), Config(64, 32, 8, 2)),
+    "dq": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
 }
 _BLACKWELL = (
     _HOPPER

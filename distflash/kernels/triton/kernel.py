@@ -118,7 +118,7 @@ class TritonKernel:
             q, k, v, dout, lse2, delta, dk, dv, table.blocks, table.entries, scale, scale * _LOG2E,
             *_strides(q, k, v, dout), blocks, Hk, H // max(Hk, 1), Tq, Tk,
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
-            HAS_LO=table.has_lo, WIDE=_wide(q, k, v, dout),
+            HAS_LO=table.has_lo, ALIGNED=table.aligned and Tq % 16 == 0, WIDE=_wide(q, k, v, dout),
         )  # fmt: skip
 
     def _dq(self, dout, q, k, v, lse2, delta, tiles: Tiles, scale: float, dq: Tensor, carried: Tensor | None, stays: bool) -> None:
