@@ -9,6 +9,7 @@ from distflash.kernels.base import Kernel, Problem
 
 # the first that supports the problem is what "auto" takes; `reference` serves only by name
 KERNELS = {
+    "hopper": "distflash.kernels.hopper:HopperKernel",
     "triton": "distflash.kernels.triton:TritonKernel",
     "eager": "distflash.kernels.eager:EagerKernel",
     "reference": "distflash.kernels.reference:ReferenceKernel",
@@ -23,7 +24,7 @@ def _load(name: str) -> Kernel | str:
     try:
         return getattr(import_module(module), attribute)()
     except ImportError as error:
-        return f"not installed: {error}"
+        return f"not available: {error}"
 
 
 def candidates(problem: Problem) -> list[tuple[str, str | None]]:

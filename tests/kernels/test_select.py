@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,13 +68,27 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_a_kernel_asked_for_that_cannot_serve_raises_its_reason_and_nothing_else_runs(refusing):
     with pytest.raises(ValueError, match=r"kernel='refusing' cannot serve this problem: it has no torch.float32; kernel='auto' would"):
         select("refusing", CPU)
-    with pytest.raises(ValueError, match="kernel='missing' cannot serve this problem: not installed: No module named"):
+    with pytest.raises(ValueError, match="kernel='missing' cannot serve this problem: not available: No module named"):
         select("missing", CPU)
 
 
 def test_auto_passes_over_what_cannot_serve_and_keeps_the_reasons(refusing):
     assert select("auto", CPU).name == "eager"
     assert dict(candidates(CPU))["refusing"] == "it has no torch.float32"
-    assert "not installed" in dict(candidates(CPU))["missing"]
+    assert "not available" in dict(candidates(CPU))["missing"]
     half = Problem(CPU.device, torch.float16, 4, 2, 64, 64)
     assert isinstance(select("auto", half), refusing)
+
+
+def test_importing_the_library_imports_no_kernel_and_asking_for_eager_no_other():
+    code = (
+        "import sys, torch, distflash; from distflash.kernels.base import Problem; from distflash.kernels.select import select\n"
+        "select('eager', Problem(torch.device('cpu'), torch.float32, 4, 2, 64, 64))\n"
+        "assert not [m for m in sys.modules if m.startswith(('distflash.kernels.hopper', 'distflash.kernels.triton'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_hopper_kernel_comes_first_and_gives_way_with_a_reason():
+    assert list(KERNELS)[:2] == ["hopper", "triton"]
+    assert dict(candidates(CPU))["hopper"]

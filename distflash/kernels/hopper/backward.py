@@ -1,0 +1,313 @@
+"""Attention backward for sm_90: one pass of five matmuls, keys and values stationary, dQ summed in fp32 by TMA reduce-add.
+
+    program   one block of 128 keys of one head of one batch element; loops over the query heads of its group (no atomics on dK, dV),
+              their segments and tiles of BM queries (schedule.py's work list, transposed: rows are keys, columns are queries)
+    consumer  64 of the keys. Sᵀ = K Qᵀ and dPᵀ = V dOᵀ live in registers, and as P and dS are the register operands of
+              dV += P dO and dK += dS Q; dS also goes through shared memory: dQ sums over both consumers;
+              each consumer computes half of dQ (half the columns; half the rows where BM is 128)
+    stats     -lse in base 2 (-inf where a row saw no key, so that its P is 0) and -delta, one fp32 vector each; a tile's slice of
+              them travels with Q and dO into shared memory and is read just before use: kept in registers they spill
+
+Barriers (count): kv_full (1, TMA), NB each of q_full, do_full (1, TMA), q_empty, do_empty (2). Named barrier 10: dS of both is stored.
+dS has two buffers: at the barrier of step i the other consumer has finished dQ of step i - 1, so buffer i + 1 is free without a second one.
+Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from distflash.kernels.hopper.compat import group_sync, tma_load, tma_reduce_add
+from distflash.kernels.hopper.forward import again, as_operand, cells, tile_of
+
+
+@gluon.jit
+def place(busy, per, kv_heads):
+    """This program's (row of the block table, batch element, kv head): blocks longest first, heads in groups of `per` that fit L2."""
+    pid = gl.program_id(0)
+    group = pid // (busy * per)
+    rest = pid % (busy * per)
+    bh = group * per + rest % per
+    return rest // per, bh // kv_heads, bh % kv_heads
+
+
+@gluon.jit
+def probabilities(MASK: gl.constexpr, s, nlse, qs, n0, low, high):
+    """exp2(s * qs - lse) of [64 keys, BM queries]; 0 outside the band."""
+    s_l: gl.constexpr = s.type.layout
+    BM: gl.constexpr = s.type.shape[1]
+    if MASK:
+        cols = n0 + gl.arange(0, BM, layout=gl.SliceLayout(0, s_l))
+        s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
+    return gl.exp2(gl.fma(s, qs, nlse.load(gl.SliceLayout(0, s_l))[None, :]))
+
+
+@gluon.jit
+def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.constexpr, SPLIT_M: gl.constexpr, D: gl.constexpr):
+    """Add this consumer's half of dQ to global memory; the copy out overlaps with what follows."""
+    if not FOLD:
+        dq = dq * scale
+    tma.store_wait(0)  # the last step's copy has read the buffer
+    dq_s.store(dq)
+    fence_async_shared()
+    if SPLIT_M:
+        tma_reduce_add(desc_dq, [b, h, n0 + cid * 64, 0], dq_s)
+    else:
+        tma_reduce_add(desc_dq, [b, h, n0, cid * (D // 2)], dq_s)
+
+
+@gluon.jit
+def step(
+    cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr, desc_dq,
+    ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high,
+    D: gl.constexpr, NB: gl.constexpr
+):  # fmt: skip
+    """The next tile of queries; `state` counts them, modulo 16.
+
+    OVERLAP: `s` comes in ready, and the next tile's is computed beside this one's dQ and dK.
+    LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less."""
+    s_l: gl.constexpr = zs.type.layout
+    kv_l: gl.constexpr = dk.type.layout
+    state = again(state)  # or each address that follows from it becomes a loop variable of its own, spilled
+    it = state & 15
+    slot = it % NB
+    parity = (it // NB) & 1
+    q = qdo.index(slot)
+    do = qdo.index(NB + slot)
+    if not OVERLAP:
+        mbarrier.wait(qf.index(slot), parity)
+        st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
+    mbarrier.wait(dof.index(slot), parity)
+    dpt = warpgroup_mma(vs, do.permute([1, 0]), zs, use_acc=False, is_async=True)
+    if not OVERLAP:
+        s = warpgroup_mma_wait(1, deps=[st])
+    p = probabilities(MASK, s, st_b.index(slot), qs, n0, low, high)
+    if LATE:
+        dp = warpgroup_mma_wait(0, deps=[dpt])
+    else:
+        pb = as_operand(p, q.dtype, kv_l)
+        dv = warpgroup_mma(pb, do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dpt])
+    nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
+    if FOLD:  # stats hold -delta * scale
+        ds = p * gl.fma(dp, fold, nde[None, :])
+    else:
+        ds = p * (dp + nde[None, :])
+    ds16 = ds.to(q.dtype)
+    mine = dsb.index(it % 2)
+    mine.slice(cid * 64, 64, 0).store(ds16)
+    fence_async_shared()
+    if LATE:
+        pb = as_operand(p, q.dtype, kv_l)
+        dv = warpgroup_mma(pb, do, dv, is_async=True)
+    group_sync(10, 256)
+    dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
+    if SPLIT_M:
+        dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
+    else:
+        dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
+    if LATE:
+        dv, pb = warpgroup_mma_wait(1, deps=[dv, pb])
+        mbarrier.arrive(doe.index(slot), count=1)
+    dk = warpgroup_mma(dsr, q, dk, is_async=True)
+    if OVERLAP:
+        mbarrier.wait(qf.index((it + 1) % NB), ((it + 1) // NB) & 1)
+        st = warpgroup_mma(ks, qdo.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
+    behind: gl.constexpr = 2 if OVERLAP else 1
+    if LATE:
+        dq = warpgroup_mma_wait(behind, deps=[dqt])
+    else:
+        dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
+        mbarrier.arrive(doe.index(slot), count=1)
+    send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
+    if OVERLAP:
+        dk, dsr, s = warpgroup_mma_wait(0, deps=[dk, dsr, st])
+    else:
+        dk, dsr = warpgroup_mma_wait(0, deps=[dk, dsr])
+    mbarrier.arrive(qe.index(slot), count=1)
+    return s, dk, dv, (state & -16) | ((state + 1) & 15)
+
+
+@gluon.jit
+def extent(segments, sg):
+    """A segment's tiles: (first column, left, inner, total)."""
+    at = segments + 8 * sg
+    return gl.load(at), gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
+
+
+@gluon.jit
+def band(segments, sg, start, stop, r_l: gl.constexpr):
+    """The queries low <= i < high that each of 64 keys from `start` meets in a segment: none past the block's `stop`."""
+    at = segments + 8 * sg
+    rows = start + gl.arange(0, 64, layout=r_l)
+    low = gl.maximum(rows + gl.load(at + 2), gl.load(at + 7))
+    high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
+    return low, gl.where(rows < stop, high, -(1 << 30))
+
+
+@gluon.jit
+def n_segments(blocks, busy, per, kv_heads):
+    """Segments of this program's block; looked up anew at each use, as everything that would otherwise spill over the matmuls."""
+    return gl.load(blocks + 4 * place(again(busy), again(per), again(kv_heads))[0] + 3)
+
+
+@gluon.jit
+def segment_of(u, blocks, busy, per, kv_heads, group):
+    """(block start, block stop, batch element, query head, segment) of this program's u-th segment, counted over the heads of its group."""
+    block, b, kv = place(again(busy), again(per), again(kv_heads))
+    n_seg = gl.load(blocks + 4 * block + 3)
+    sg = gl.load(blocks + 4 * block + 2) + u % n_seg
+    return gl.load(blocks + 4 * block), gl.load(blocks + 4 * block + 1), b, kv * group + u // n_seg, sg
+
+
+@gluon.jit
+def consumer(
+    cid: gl.constexpr, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
+    kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr
+):  # fmt: skip
+    """Keys cid * 64 .. + 63 of the block."""
+    SPLIT_M: gl.constexpr = BM == 128
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    kv_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    DQ: gl.constexpr = D if SPLIT_M else D // 2
+    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
+    r_l: gl.constexpr = gl.SliceLayout(1, s_l)
+    ro_l: gl.constexpr = gl.SliceLayout(1, kv_l)
+    gl.static_assert(16 % (2 * NB) == 0)
+    dk = gl.zeros([64, D], gl.float32, layout=kv_l)
+    dv = gl.zeros([64, D], gl.float32, layout=kv_l)
+    zs = gl.zeros([64, BM], gl.float32, layout=s_l)
+    zq = gl.zeros([64, DQ], gl.float32, layout=q_l)
+    k = kvb.index(0)
+    ks = k.slice(cid * 64, 64, 0)
+    vs = kvb.index(1).slice(cid * 64, 64, 0)
+    if SPLIT_M:
+        kd = k
+    else:
+        kd = k.slice(cid * DQ, DQ, 1)
+    dq_s = dqb.index(cid)
+    state = 0  # segments done * 16 + tiles done % 16: one register, where two would spill
+    s = zs
+    mbarrier.wait(kvf.index(0), 0)
+    if OVERLAP:
+        mbarrier.wait(qf.index(0), 0)
+        st = warpgroup_mma(ks, qdo.index(0).permute([1, 0]), zs, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[st])
+    while (again(state) >> 4) < group * n_segments(blocks, busy, per, kv_heads):
+        start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
+        first, left, inner, total = extent(segments, sg)
+        low, high = band(segments, sg, start + cid * 64, stop, r_l)
+        masked = total - inner
+        for i in range(masked):
+            n0 = first + tile_of(i, left, inner, masked) * BM
+            s, dk, dv, state = step(
+                cid, True, OVERLAP, True, FOLD, SPLIT_M, desc_dq, ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq,
+                state, qs, scale, fold, b, h, n0, low, high, D, NB
+            )  # fmt: skip
+        start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
+        first, left, inner, total = extent(segments, sg)
+        for i in range(left, left + inner):
+            s, dk, dv, state = step(
+                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, desc_dq, ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq,
+                state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
+            )  # fmt: skip
+        state = state + 16
+    block, b, kv = place(again(busy), again(per), again(kv_heads))
+    rows = gl.load(blocks + 4 * block) + cid * 64 + gl.arange(0, 64, layout=ro_l)
+    at = cells(b, kv, rows, again(kv_heads), again(t_k), D, kv_l)
+    inside = rows[:, None] < gl.load(blocks + 4 * block + 1)
+    if not FOLD:
+        dk = dk * scale
+    gl.store(DK + at, dk.to(DK.dtype.element_ty), mask=inside)
+    gl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def load_rows(desc, desc_stat, qdo, st_b, full, empty, WHAT: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr):
+    """Tile `it` of Q and lse (WHAT 0) or of dO and delta (1) into its slot."""
+    slot = it % NB
+    mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
+    mbarrier.expect(full.index(slot), BYTES)
+    tma_load(desc, [b, h, n0, 0], full.index(slot), qdo.index(WHAT * NB + slot))
+    tma_load(desc_stat, [line + n0], full.index(slot), st_b.index(WHAT * NB + slot))
+
+
+@gluon.jit
+def producer(
+    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kvb, qdo, st_b, kvf, qf, dof, qe, doe, blocks, segments, busy, per,
+    kv_heads, group, t_pad, BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr
+):  # fmt: skip
+    """The TMA warp: K and V once, then Q and dO tile by tile."""
+    BYTES: gl.constexpr = BM * D * 2 + BM * 4
+    block, b, kv = place(busy, per, kv_heads)
+    start = gl.load(blocks + 4 * block)
+    seg = gl.load(blocks + 4 * block + 2)
+    n_seg = gl.load(blocks + 4 * block + 3)
+    mbarrier.expect(kvf.index(0), 2 * 128 * D * 2)
+    tma_load(desc_k, [b, kv, start, 0], kvf.index(0), kvb.index(0))
+    tma_load(desc_v, [b, kv, start, 0], kvf.index(0), kvb.index(1))
+    it = 0
+    for h in range(kv * group, kv * group + group):
+        line = (b * (kv_heads * group) + h) * t_pad
+        for sg in range(seg, seg + n_seg):
+            first, left, inner, total = extent(segments, sg)
+            for i in range(total):
+                n0 = first + tile_of(i, left, inner, total - inner) * BM
+                load_rows(desc_q, desc_lse, qdo, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB)
+                load_rows(desc_do, desc_delta, qdo, st_b, dof, doe, 1, it, b, h, n0, line, BYTES, NB)
+                it += 1
+    if OVERLAP:  # the last step computes one Sᵀ too many, of any queries
+        load_rows(desc_q, desc_lse, qdo, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB)
+
+
+@gluon.jit(do_not_specialize=["busy", "per", "kv_heads", "group", "t_pad", "t_k"])
+def backward_kernel(
+    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dq, DK, DV, blocks, segments, qs, scale, fold, busy, per,
+    kv_heads, group, t_pad, t_k,
+    BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr,
+    REGS: gl.constexpr, REGS_P: gl.constexpr
+):  # fmt: skip
+    """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
+    desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [BM, D / 2], or [64, D] where BM is 128;
+    DK, DV [B, Tk, Hk, D] contiguous."""
+    dtype: gl.constexpr = desc_q.dtype
+    DQ_ROWS: gl.constexpr = 64
+    DQ: gl.constexpr = D if BM == 128 else D // 2
+    ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
+    kl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], dtype)
+    sl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BM], dtype)
+    dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DQ_ROWS, DQ], gl.float32)
+    tl: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    kvb = gl.allocate_shared_memory(dtype, [2, 128, D], kl)
+    qdo = gl.allocate_shared_memory(dtype, [2 * NB, BM, D], ql)
+    dsb = gl.allocate_shared_memory(dtype, [2, 128, BM], sl)
+    dqb = gl.allocate_shared_memory(gl.float32, [2, DQ_ROWS, DQ], dl)
+    st_b = gl.allocate_shared_memory(gl.float32, [2 * NB, BM], tl)
+    bl: gl.constexpr = mbarrier.MBarrierLayout()
+    kvf = gl.allocate_shared_memory(gl.int64, [1, 1], bl)
+    qf = gl.allocate_shared_memory(gl.int64, [NB, 1], bl)
+    qe = gl.allocate_shared_memory(gl.int64, [NB, 1], bl)
+    dof = gl.allocate_shared_memory(gl.int64, [NB, 1], bl)
+    doe = gl.allocate_shared_memory(gl.int64, [NB, 1], bl)
+    mbarrier.init(kvf.index(0), count=1)
+    for i in gl.static_range(NB):
+        mbarrier.init(qf.index(i), count=1)
+        mbarrier.init(qe.index(i), count=2)
+        mbarrier.init(dof.index(i), count=1)
+        mbarrier.init(doe.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consumer, (0, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
+             kv_heads, group, t_k, BM, D, NB, OVERLAP, LATE, FOLD)),
+            (consumer, (1, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
+             kv_heads, group, t_k, BM, D, NB, OVERLAP, LATE, FOLD)),
+            (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kvb, qdo, st_b, kvf, qf, dof, qe, doe, blocks, segments,
+             busy, per, kv_heads, group, t_pad, BM, D, NB, OVERLAP)),
+        ],
+        [4, 1],
+        [REGS, REGS_P],
+    )  # fmt: skip

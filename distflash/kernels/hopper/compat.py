@@ -1,0 +1,50 @@
+"""The names that differ between Triton 3.6 and 3.9, and the few instructions that Gluon has no name for. Nothing else looks at versions."""
+
+from __future__ import annotations
+
+import triton
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import NVMMASharedLayout, _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["NVMMASharedLayout", "TensorDescriptor", "group_sync", "tma_load", "tma_reduce_add"]
+
+_KNOWN = ((3, 6), (3, 9))  # compiled and inspected with these (check.py); run on a GPU with 3.6 so far
+if not _KNOWN[0] <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= _KNOWN[1]:
+    raise ImportError(f"hopper kernels are written in Gluon as Triton 3.6 to 3.9 have it, this is Triton {triton.__version__}")
+
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # (desc, coordinates, barrier, shared memory)
+
+if hasattr(tma, "async_atomic_add"):
+    tma_reduce_add = tma.async_atomic_add
+else:
+
+    @_core.builtin
+    def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+        """Add shared memory to global memory by TMA; 3.6 has the operation but no name for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def group_sync(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Named barrier ID over several partitions, THREADS threads in all. Call from 4-warp partitions only: once a thread.
+
+    Ids 0..8 belong to Triton (one for each partition and the rejoin barriers); ours start at 9.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lane = gl.arange(0, 128, layout=layout)
+    if THREADS == 256:
+        if ID == 9:
+            gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.static_assert(THREADS == 384)
+        if ID == 9:
+            gl.inline_asm_elementwise("bar.sync 9, 384; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.sync 10, 384; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
