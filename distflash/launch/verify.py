@@ -101,6 +101,7 @@ def verify(
         trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
         for scheme in schemes(case, sizes, world.device, kernel):
             report.add(case, scheme, *trial.judge(scheme, world))
+        report.progress(case)
     report.print()
     raise typer.Exit(1 if report.failures or not report.count else 0)
 
@@ -116,7 +117,7 @@ def schemes(case: Case, sizes: list[int], device: torch.device, kernel: str | No
 
     problem = Problem(device, getattr(torch, case.dtype), HEADS, case.kv_heads, case.head_dim, case.head_dim)
     able = [name for name, reason in candidates(problem) if reason is None or reason == BY_NAME_ONLY.get(name)]
-    for name in [kernel] if kernel else able:
+    for name in able if kernel is None else [kernel] if kernel in able else []:
         for ranks in sizes:
             for layout in LAYOUTS:
                 for order in ORDERS:
@@ -205,6 +206,10 @@ class Report:
         self.count += 1
         if broken:
             self.failures.append(f"{scheme}, {case}: {broken}")
+
+    def progress(self, case: Case) -> None:
+        if self.world.is_main:
+            print(f"{case}: done, {self.count} comparisons so far, {len(self.failures)} out of budget", flush=True)
 
     def print(self) -> None:
         if not self.world.is_main:

@@ -37,6 +37,7 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self.progress: Any = None
         self.task: Any = None
+        self.verdict = ""  # of the comparison with one process
 
     def say(self, text: str) -> None:
         """A line on the main rank's standard output."""
@@ -108,7 +109,8 @@ class Report:
 
     def compared(self, difference: Difference) -> None:
         if self.is_main:
-            self.say(str(difference))
+            self.verdict = str(difference)
+            self.say(self.verdict)
             facts = {"value": difference.value, "where": difference.where, "steps": difference.steps, "ranks": difference.world_size}
             (self.folder / "compare.json").write_text(json.dumps(facts | {"limit": difference.limit, "small": difference.small}) + "\n")
 
@@ -135,6 +137,8 @@ class Report:
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
         held_out = f", held-out loss {validation:.3f}" if validation is not None else ""
         self.say(f"final loss {final:.3f} nats a byte (mean of the last {len(last)} steps){held_out}; see {self.folder}/")
+        if self.verdict:  # pages ago by now
+            self.say(self.verdict)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
