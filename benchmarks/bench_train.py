@@ -1,6 +1,8 @@
 """Training with sequence parallelism on this machine's GPUs: a long sequence, and the loss curve beside one GPU's.
 
-    python -m benchmarks.bench_train [--long 131072] [--short 32768] [--out FOLDER]
+    python -m benchmarks.bench_train [--long 131072] [--short 32768] [--kernel NAME] [--out FOLDER]
+
+--long 0 leaves the long run out.
 
 The text is this Python's standard library as one document, so that attention spans the whole sequence.
 """
@@ -30,11 +32,11 @@ def text(folder: Path) -> Path:
     return path
 
 
-def train(data: Path, folder: Path, ranks: int, length: int, dtype: str, steps: int) -> list[dict]:
+def train(data: Path, folder: Path, ranks: int, length: int, dtype: str, steps: int, kernel: str) -> list[dict]:
     """The metrics of a run, a step each. One rank runs FSDP2 too, so that parameters are rounded alike."""
     out = folder / f"{ranks}x{length}{dtype}"
     options = ["--model", "small", "--data", str(data), "--batch", "1", "--seq-len", str(length), "--steps", str(steps), "--dtype", dtype]
-    options += ["--checkpoint-every", "0", "--validate", "0", "--sample", "0", "--warmup", "5", "--out", str(out)]
+    options += ["--checkpoint-every", "0", "--validate", "0", "--sample", "0", "--warmup", "5", "--kernel", kernel, "--out", str(out)]
     start = [sys.executable, "-m", "distflash", "run", "-n", str(ranks), "-m", "distflash", "train", *options]
     done = subprocess.run(start, capture_output=True, text=True)
     if done.returncode:
@@ -43,11 +45,12 @@ def train(data: Path, folder: Path, ranks: int, length: int, dtype: str, steps: 
 
 
 def main() -> None:
-    """Train three times, print and write the curves."""
+    """Train, print and write the curves."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--long", type=int, default=131072)
     parser.add_argument("--short", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     ranks, rows = torch.cuda.device_count(), []
@@ -59,20 +62,31 @@ def main() -> None:
         (ranks, 8192, "fp32"),
         (1, 8192, "fp32"),
     ]
+    runs = [run for run in runs if run[1]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = text(folder)
         curves = {}
         for gpus, length, dtype in runs:
-            curves[gpus, length, dtype] = metrics = train(data, folder, gpus, length, dtype, options.steps)
+            curves[gpus, length, dtype] = metrics = train(data, folder, gpus, length, dtype, options.steps, options.kernel)
             other = curves[ranks, length, dtype]
             apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(metrics, other, strict=True))
-            rows.append({"gpus": gpus, "length": length, "dtype": dtype, "model": "small", "metrics": metrics, "difference": apart})
+            rows.append(
+                {
+                    "gpus": gpus,
+                    "length": length,
+                    "dtype": dtype,
+                    "kernel": options.kernel,
+                    "model": "small",
+                    "metrics": metrics,
+                    "difference": apart,
+                }
+            )
             middle = sorted(m["ms"] for m in metrics)[len(metrics) // 2]
             ends = f"{metrics[0]['loss']:.4f}", f"{metrics[-1]['loss']:.4f}", f"{apart:.1e}" if gpus < ranks else ""
             table.add_row(str(gpus), dtype, str(length), *ends, f"{middle:.0f}", f"{max(m['peak_memory_gb'] for m in metrics):.1f}")
     Console(width=110).print(table)
-    write("train", rows, options.out)
+    write(f"train_{ranks}x{torch.cuda.get_device_name().split()[1].lower()}", rows, options.out)
 
 
 if __name__ == "__main__":

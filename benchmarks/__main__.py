@@ -1,0 +1,28 @@
+"""`python -m benchmarks`: every benchmark that this machine can run, one after the other, then the figures in the docs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+
+def main() -> int:
+    """Run them; the exit code of the first that fails."""
+    if not torch.cuda.is_available():
+        print("the benchmarks need a CUDA GPU: this machine has none")
+        return 1
+    python = [sys.executable, "-m"]
+    ranks = str(torch.cuda.device_count())
+    programs = [
+        [*python, "benchmarks.bench_portable"],
+        [*python, "distflash", "run", "-n", ranks, "-m", "benchmarks.bench_memory"],
+        [*python, "benchmarks.bench_train"],
+        [*python, "benchmarks.figures"],
+    ]
+    return next((code for program in programs if (code := subprocess.run(program).returncode)), 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Every figure in the README and the docs, written from benchmarks/results: `python -m benchmarks.figures`.
+
+A page marks the place with <!-- figures: NAME --> and <!-- end -->; what stands between is replaced. A test fails when a page is not what
+the results say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/benchmarks.md")
+MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(result: dict[str, Any]) -> str:
+    about = result.get("versions", result)
+    count = about.get("devices", 1)
+    return f"\n{f'{count} x ' if count > 1 else ''}{about['device']}, torch {about['torch']}, Triton {about['triton']}.\n"
+
+
+def portable() -> str:
+    """TFLOP/s of the portable kernel beside FlexAttention and FlashAttention-2."""
+    result = load("portable_h100_80gb_hbm3")
+    cells: dict[tuple, dict[str, str]] = {}
+    for r in result["rows"]:
+        key = (r["D"], r["S"], "causal" if r["causal"] else "full", r["pass"])
+        cells.setdefault(key, {})[r["kernel"]] = f"{r['tflops']:.0f} ({r['tflops_low']:.0f} to {r['tflops_high']:.0f})"
+    rows = [[str(D), str(S), mask, name, *(cell[k] for k in ("triton", "flex", "fa2"))] for (D, S, mask, name), cell in cells.items()]
+    return table(("D", "S", "mask", "pass", "DistFlash, portable", "FlexAttention", "FlashAttention-2"), rows) + source(result)
+
+
+def hopper() -> str:
+    """TFLOP/s of the Hopper kernels beside cuDNN and FlashAttention-2."""
+    result = load("kernel_h100_80gb_hbm3")
+    cells: dict[tuple, dict[str, str]] = {}
+    for r in result["rows"]:
+        key = (str(r["d"]), str(r["s"]), "causal" if r["causal"] else "full", {"fwd": "forward", "bwd": "backward"}[r["dir"]])
+        cells.setdefault(key, {})[r["variant"]] = f"{r['tflops']:.0f} (± {50 * r['spread']:.1f} %)"
+    rows = [[*key, *(cell[k] for k in ("shipped", "cudnn", "fa2"))] for key, cell in cells.items()]
+    return table(("D", "S", "mask", "pass", "DistFlash, Hopper", "cuDNN", "FlashAttention-2"), rows) + source(result["meta"])
+
+
+def memory() -> str:
+    """Peak memory of attention at the same tokens a GPU."""
+    result = load("memory")
+    rows = [
+        [f"{r['heads']}/{r['kv_heads']}", str(r["ranks"]), r["pass"], f"{r['bytes'] / 2**20:.0f}", f"{r['expected'] / 2**20:.0f}"]
+        for r in result["rows"]
+    ]
+    return table(("heads", "GPUs", "pass", "peak above the inputs, MiB", "formula, MiB"), rows) + source(result)
+
+
+def train() -> str:
+    """Training runs, and the loss curve beside one GPU's, of every machine that was measured."""
+    head = ("GPUs", "dtype", "tokens a sequence", "steps", "first loss", "last loss", "largest relative difference", "ms a step", "peak GB")
+    return "\n".join(
+        table(head, _training(result)) + source(result) for result in map(load, sorted(p.stem for p in RESULTS.glob("train_*")))
+    )
+
+
+def _training(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for r in result["rows"]:
+        metrics = r["metrics"]
+        middle = sorted(m["ms"] for m in metrics)[len(metrics) // 2]
+        apart = f"{r['difference']:.1e}" if r["gpus"] == 1 else ""
+        ends = f"{metrics[0]['loss']:.3f}", f"{metrics[-1]['loss']:.3f}"
+        peak = max(m["peak_memory_gb"] for m in metrics)
+        rows.append([str(r["gpus"]), r["dtype"], f"{r['length']:,}", str(len(metrics)), *ends, apart, f"{middle:.0f}", f"{peak:.1f}"])
+    return rows
+
+
+FIGURES: dict[str, Callable[[], str]] = {"portable": portable, "hopper": hopper, "memory": memory, "train": train}
+
+
+def rendered(text: str) -> str:
+    """A page with every marked place filled from the results."""
+    return MARK.sub(lambda found: found[1] + FIGURES[found[2]]() + found[3], text)
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
