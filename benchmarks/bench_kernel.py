@@ -15,6 +15,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -275,7 +276,7 @@ def run_jobs(jobs, limit, deadline, log):
     """Run (n, job) pairs in one child, a new one after a hang or a crash; n -> result."""
     results, rest = {}, list(jobs)
     while rest and time.time() < deadline:
-        path = f"/tmp/bench_jobs_{os.getpid()}_{rest[0][0]}.json"
+        path = f"{tempfile.gettempdir()}/bench_jobs_{os.getpid()}_{rest[0][0]}.json"
         with open(path, "w") as f:
             json.dump(rest, f)
         process = subprocess.Popen([sys.executable, __file__, "--child", path], stdout=subprocess.PIPE, stderr=log, text=True)
