@@ -29,14 +29,14 @@ class P2PWire:
         self.per_node = self._ranks_per_node()
 
     def _ranks_per_node(self) -> int:
-        """Length of the runs of consecutive ranks that share a host, or all ranks where hosts hold unequal runs."""
+        """How many consecutive ranks each host holds, or all ranks where hosts hold unequal or scattered runs."""
         host = torch.tensor([zlib.crc32(host_name().encode())], dtype=torch.int64, device=self.device)
         found = [torch.empty_like(host) for _ in range(self.size)]
         dist.all_gather(found, host, group=self.group)
         hosts = [int(h) for h in found]
         per_node = next((n for n in range(1, self.size) if hosts[n] != hosts[0]), self.size)
         runs = [hosts[i : i + per_node] for i in range(0, self.size, per_node)]
-        regular = all(len(run) == per_node and len(set(run)) == 1 for run in runs)
+        regular = all(len(run) == per_node and len(set(run)) == 1 for run in runs) and len(runs) == len(set(hosts))
         return per_node if regular else self.size
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:

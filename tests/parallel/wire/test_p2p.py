@@ -55,8 +55,9 @@ def test_two_hosts_make_a_double_ring_without_being_asked(monkeypatch):
     agree([call, call._replace(ulysses=2)], x, [reply[2:] for reply in replies])
 
 
-def test_hosts_that_hold_unequal_runs_of_ranks_count_as_one(monkeypatch):
-    monkeypatch.setattr(p2p, "host_name", lambda: "aab"[dist.get_rank()])
+@pytest.mark.parametrize("hosts", ["aab", "abb", "aba"])
+def test_hosts_that_hold_unequal_or_scattered_ranks_count_as_one(monkeypatch, hosts):
+    monkeypatch.setattr(p2p, "host_name", lambda: hosts[dist.get_rank()])
 
     def work():
         with pytest.raises(ValueError, match="ulysses=2 must divide the 3 ranks"):
