@@ -13,10 +13,11 @@ from distflash.kernels.base import Kernel, Problem
 from distflash.kernels.select import select
 from distflash.parallel.autograd import Scheme, attend
 from distflash.parallel.mask import Mask, packed
+from distflash.parallel.merge import with_sinks
 from distflash.parallel.plan import alone
 from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.wire.local import LocalGroup
-from distflash.validate import check_shards, check_tensors, documents, refuse, scale_of, window
+from distflash.validate import check_shards, check_sinks, check_tensors, documents, refuse, scale_of, window
 
 
 def attention(
@@ -53,12 +54,14 @@ def attention(
         deterministic: bit-equal outputs and gradients from run to run.
         return_lse: also return the log-sum-exp of each row.
         kernel: "auto", or a name: a kernel asked for by name runs or raises.
-        softcap, alibi_slopes, sinks, dropout_p, mask: not supported yet; anything but the default raises.
+        sinks: (H,) logits, any floating dtype, that join each row's denominator and nothing else; differentiable. On each rank
+            their gradient is that of its own tokens: reduce it over ranks like any parameter's. lse includes them.
+        softcap, alibi_slopes, dropout_p, mask: not supported yet; anything but the default raises.
 
     Returns:
         out (B, T, H, Dv) in q.dtype; with `return_lse` also lse (B, H, T), fp32 (fp64 for fp64), natural log. Without a batch
-        dimension (T, H, Dv) and (H, T). Both are differentiable. A row that may see no key gives out = 0, lse = -inf, and
-        contributes 0 to every gradient.
+        dimension (T, H, Dv) and (H, T). Both are differentiable. A row that may see no key gives out = 0, lse = -inf (the
+        sink, where there are sinks), and contributes 0 to the gradients of q, k and v.
 
     Raises:
         ValueError, TypeError: on input that cannot be served, on every rank, before any communication.
@@ -67,8 +70,9 @@ def attention(
     With `seq` this is a collective. Sources: FlashAttention-2 (arXiv:2307.08691), Ring Attention (arXiv:2310.01889), DeepSpeed
     Ulysses (arXiv:2309.14509).
     """
-    refuse(softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None), sinks=(sinks, None), dropout_p=(dropout_p, 0.0), mask=(mask, None))
+    refuse(softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None), dropout_p=(dropout_p, 0.0), mask=(mask, None))
     batched = check_tensors(q, k, v)
+    check_sinks(sinks, q)
     left, right = window(causal, window_size)
     scale = scale_of(softmax_scale, q.shape[-1])
     chosen = select(kernel, Problem(q.device, q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], deterministic))
@@ -81,6 +85,8 @@ def attention(
     if not batched:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     out, lse = attend(q, k, v, scheme)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
     if not batched:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -64,14 +64,21 @@ def keep_mask(
     return keep
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the definition, in the inputs' dtype: softmax(scale * q k^T, -inf where not kept) v. Differentiable."""
+def dense(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the definition, in the inputs' dtype: softmax(scale * q k^T, -inf where not kept) v. Differentiable.
+
+    `sinks` [H] are the logits of one more key a head, which every query sees and whose value is 0.
+    """
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     used, sees = keep.any(0), keep.any(1)
     k, v = (torch.where(used[:, None, None], x, 0.0) for x in (k, v))
     s = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = s.masked_fill(~keep, float("-inf"))
+    if sinks is not None:
+        column = sinks[:, None, None].expand(*s.shape[:3], 1)
+        s = torch.cat([s, column], dim=-1)
+        return torch.einsum("bhij,bjhd->bihd", torch.softmax(s, dim=-1)[..., :-1], v), torch.logsumexp(s, dim=-1)
     # a row that sees nothing: give it finite scores, then take its results away
     s = torch.where(sees[:, None], s, 0.0)
     lse = torch.where(sees, torch.logsumexp(s, dim=-1), float("-inf"))

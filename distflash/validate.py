@@ -47,6 +47,17 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.dim() == 4
 
 
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Raise unless `sinks` is None or one logit a query head, on q's device."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating-point tensor, got {sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__}")
+    if sinks.shape != q.shape[-2:-1] or sinks.device != q.device:
+        got = f"{tuple(sinks.shape)} on {sinks.device}"
+        raise ValueError(f"sinks must hold one logit for each of the {q.shape[-2]} query heads, on {q.device}, got {got}")
+
+
 def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     """(left, right) with None for unlimited; causal is right = 0."""
     if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(type(w) is int and w >= -1 for w in window_size)):

@@ -82,6 +82,12 @@ MUTANTS = {
         "parallel/merge.py", "torch.where(seen, share * out, 0.0)", "share * out", MERGE),
     "a merge does not subtract the maximum": Mutant(
         "parallel/merge.py", 'torch.where(top > float("-inf"), top, 0.0)', "torch.zeros_like(top)", MERGE),
+    "a sink joins lse and not the output": Mutant(
+        "parallel/merge.py", "out.to(lse.dtype) * share", "out.to(lse.dtype) * torch.ones_like(share)",
+        "test_sinks.py::test_large_sinks_neither_overflow_nor_lose_their_gradient"),
+    "a row without a key forgets its sink": Mutant(
+        "parallel/merge.py", "torch.logaddexp(finite, sink), sink)", "torch.logaddexp(finite, sink), lse)",
+        "test_sinks.py::test_a_row_that_sees_no_key_sees_its_sink_alone"),
     "lse has the wrong sign in a merge": Mutant(
         "parallel/merge.py", "top + torch.log(total)", "top - torch.log(total)", MERGE),
     "a visit is skipped": Mutant(

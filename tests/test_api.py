@@ -59,7 +59,9 @@ BAD_CALLS = {
     "an unknown kernel": ((Q, K, K), {"kernel": "fast"}, ValueError, ["kernel='fast'", "'eager'", "'reference'"]),
     "softcap": ((Q, K, K), {"softcap": 30.0}, NotImplementedError, ["softcap=30.0", "only 0.0", "leave it out"]),
     "ALiBi": ((Q, K, K), {"alibi_slopes": torch.ones(4)}, NotImplementedError, ["alibi_slopes=a tensor of shape (4,)", "only None"]),
-    "sinks": ((Q, K, K), {"sinks": torch.ones(4)}, NotImplementedError, ["sinks=a tensor of shape (4,)", "only None"]),
+    "sinks of another number": ((Q, K, K), {"sinks": torch.ones(3)}, ValueError, ["each of the 4 query heads", "got (3,)"]),
+    "sinks that are integers": ((Q, K, K), {"sinks": torch.ones(4, dtype=torch.long)}, TypeError, ["floating-point", "int64"]),
+    "a sink that is a number": ((Q, K, K), {"sinks": 1.0}, TypeError, ["floating-point tensor", "float"]),
     "dropout": ((Q, K, K), {"dropout_p": 0.1}, NotImplementedError, ["dropout_p=0.1", "only 0.0"]),
     "a mask": ((Q, K, K), {"mask": torch.ones(S, S)}, NotImplementedError, ["mask=a tensor of shape (12, 12)", "only None"]),
 }

@@ -24,6 +24,20 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(_weighted(a.out, w_a, total) + _weighted(b.out, w_b, total), top + torch.log(total))
 
 
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let one more logit a head join each row's softmax, with a value of 0: a merge with Partial(0, sink). Differentiable.
+
+    out [B, T, H, Dv] shrinks by exp(lse) / (exp(lse) + exp(sink)), which is a sigmoid; lse [B, H, T] becomes that of the whole
+    denominator. It acts on finished rows, so it is the same under every scheme (attention sinks, arXiv:2309.17453).
+    """
+    sink = sinks.to(lse.dtype).unsqueeze(-1)  # [H, 1]
+    seen = lse > float("-inf")
+    finite = torch.where(seen, lse, 0.0)  # of rows that saw a key; for the others no gradient may pass through -inf - -inf
+    share = torch.where(seen, torch.sigmoid(finite - sink), 0.0)  # [B, H, T]
+    shrunk = out.to(lse.dtype) * share.transpose(1, 2).unsqueeze(-1)
+    return shrunk.to(out.dtype), torch.where(seen, torch.logaddexp(finite, sink), sink)
+
+
 def _weighted(out: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     # where, not a product with 0: what a row that saw nothing holds in `out` must not leak
     share, seen = ((x.transpose(1, 2).unsqueeze(-1)) for x in (weight / total, weight > 0))  # [B, T, H, 1]
