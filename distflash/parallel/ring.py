@@ -51,18 +51,24 @@ def backward(
     Algorithm 2): dq adds up here, dk and dv ride home with their block, each rank adding its part.
     """
     last = len(visits) - 1
-    dq = homeward = None
+    dq: Tensor | None = None
+    homeward: _Coming | None = None
+    grads: list[Tensor] = []  # dk, dv of a visit; none where nothing is kept of its block
     for visit, k_t, v_t in travel(visits, wire, k, v):
-        dq, dk, dv = kernel.backward(
-            dout, q, k_t, v_t, lse, delta, visit.tiles, scale,
-            dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=None if last else dkv_dtype,
-        )  # fmt: skip
+        if visit.tiles or visit.step in (0, last):
+            dq, *grads = kernel.backward(
+                dout, q, k_t, v_t, lse, delta, visit.tiles, scale,
+                dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=None if last else dkv_dtype,
+            )  # fmt: skip
         if not last:  # one device: nobody adds to them
-            return dq, dk, dv
-        homeward = _send_home(visits, visit, wire, (dk, dv), homeward)
-        del k_t, v_t, dk, dv  # the next buffers are allocated before these names are bound again
-    assert dq is not None and homeward is not None
-    dk, dv = (x.to(dkv_dtype, copy=True) for x in homeward.receive())  # two tensors, not views of a message
+            break
+        homeward = _send_home(visits, visit, wire, grads, homeward)
+        grads = []
+        del k_t, v_t  # the next buffers are allocated before these names are bound again
+    assert dq is not None
+    if homeward is not None:
+        grads = [x.to(dkv_dtype, copy=True) for x in homeward.receive()]  # two tensors, not views of a message
+    dk, dv = grads
     return dq, dk, dv
 
 
@@ -96,12 +102,12 @@ def travel(visits: Sequence[Visit], wire: Wire, k: Tensor, v: Tensor) -> Iterato
 def _send_home(visits: Sequence[Visit], visit: Visit, wire: Wire, grads: Sequence[Tensor], homeward: _Coming | None) -> _Coming:
     """Add our part to the gradient of the block we hold, pass it on, and expect that of the block we hold next."""
     if homeward is None:
-        message = pack(grads)
+        message, held = pack(grads), grads
     else:
-        for theirs, ours in zip(homeward.receive(), grads, strict=True):
+        message, held = homeward.message, homeward.receive()
+        for theirs, ours in zip(held, grads, strict=False):  # no gradient of ours: theirs goes on as it is
             theirs.add_(ours)
-        message = homeward.message
-    forms = _forms(visits[visit.home.step], *grads)
+    forms = _forms(visits[visit.home.step], *held)
     arriving = empty(forms, message.device)
     return _Coming(wire.exchange({visit.home.dest: message}, {visit.home.source: arriving}), arriving, forms)
 

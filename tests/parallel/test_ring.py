@@ -258,3 +258,19 @@ def test_the_oracle_itself_agrees_with_pytorchs_attention():
     out, _ = dense(x.q, x.k, x.v, keep_mask(S, S, causal=True))
     assert (out - expected).abs().max() < 1e-13
     assert (oracle(x.q, x.k, x.v, x.dout, keep_mask(S, S, causal=True)).out - expected).abs().max() < 1e-13
+
+
+def test_the_kernel_is_not_asked_about_blocks_of_which_nothing_is_kept(monkeypatch):
+    asked = []
+    for name in ("forward", "backward"):
+        inner = getattr(eager.EagerKernel, name)
+
+        def counted(self, *args, name=name, inner=inner, **more):
+            asked.append(name)
+            return inner(self, *args, **more)
+
+        monkeypatch.setattr(eager.EagerKernel, name, counted)
+    x, call = inputs(S), Call("contiguous", causal=True)
+    agree(4, call, x)
+    # rank r keeps something of r + 1 blocks; the last visit is made whatever it keeps: it casts
+    assert asked.count("forward") == asked.count("backward") == 2 + 3 + 4 + 4
