@@ -101,7 +101,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Iterato
 
 
 def _merge_rows(acc: Partial, rows: slice, part: Partial) -> None:
-    """Merge a part that covers only `rows` into the running result, in place."""
+    """Merge a part that covers only `rows` into the running result, in place: parallel.merge, which kernels do not import."""
     mine = acc.lse[:, :, rows]
     top = torch.maximum(mine, part.lse)
     top = torch.where(top > float("-inf"), top, 0.0)

@@ -76,7 +76,9 @@ CPU_CASES = (
 
 def verify(
     nproc: Annotated[int | None, typer.Option(min=1, help="Run on so many processes of this host.", show_default=False)] = None,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks to try as threads of one process.")] = "1,2,3,4",
+    ranks: Annotated[
+        str | None, typer.Option(help="Numbers of ranks to try as threads of one process.  [default: 1,2,3,4]", show_default=False)
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=8, help="Tokens of a sequence.  [default: 1021 on a GPU, 157 on CPU]", show_default=False)
     ] = None,
@@ -87,37 +89,64 @@ def verify(
     import torch
 
     import distflash
+    from distflash.kernels.select import KERNELS
     from distflash.launch.run import launch
 
+    if kernel is not None and kernel not in KERNELS:
+        raise typer.BadParameter(f"--kernel {kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}")
+    sizes = _sizes(ranks or "1,2,3,4")
     if nproc is not None:
+        if ranks is not None:
+            raise typer.BadParameter("--ranks are threads of one process, --nproc are processes: give one of them")
         options = ["--seed", str(seed), *(["--length", str(length)] if length else []), *(["--kernel", kernel] if kernel else [])]
         raise typer.Exit(launch(["-m", "distflash"], ["verify", *options], nproc))
     world = distflash.init()
+    if world.size > 1:
+        if ranks is not None:
+            raise typer.BadParameter(f"--ranks are threads of one process, but a launcher started {world.size}: leave it out")
+        sizes = [world.size]
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # the ranks are the threads, and the problems are small
-    sizes = [world.size] if world.size > 1 else [int(p) for p in ranks.split(",")]
     report = Report(world, sizes)
     for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
-        trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
-        for scheme in schemes(case, sizes, world.device, kernel):
-            report.add(case, scheme, *trial.judge(scheme, world))
-        report.progress(case)
+        able, refused = serving(case, world.device, kernel)
+        if refused:
+            report.say(f"{kernel} cannot serve {case}: {refused}")
+        if able:
+            trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
+            for scheme in schemes(able, sizes):
+                report.add(case, scheme, *trial.judge(scheme, world))
+            report.say(f"{case}: done, {report.count} comparisons so far, {len(report.failures)} out of budget")
     report.print()
     raise typer.Exit(1 if report.failures or not report.count else 0)
 
 
-def schemes(case: Case, sizes: list[int], device: torch.device, kernel: str | None) -> Iterator[Scheme]:
-    """Everything that can serve the case here."""
+def _sizes(ranks: str) -> list[int]:
+    words = ranks.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"--ranks {ranks!r} must be positive integers with commas between, as in 1,2,4")
+    return [int(word) for word in words]
+
+
+def serving(case: Case, device: torch.device, kernel: str | None) -> tuple[list[str], str | None]:
+    """The kernels that can serve the case here, of all or of the one asked for; why not, if that one cannot."""
     import torch
 
     from distflash.kernels.base import Problem
     from distflash.kernels.select import BY_NAME_ONLY, candidates
+
+    problem = Problem(device, getattr(torch, case.dtype), HEADS, case.kv_heads, case.head_dim, case.head_dim)
+    reasons = {name: None if reason == BY_NAME_ONLY.get(name) else reason for name, reason in candidates(problem)}
+    asked = list(reasons) if kernel is None else [kernel]
+    return [name for name in asked if reasons[name] is None], reasons[kernel] if kernel is not None else None
+
+
+def schemes(kernels: list[str], sizes: list[int]) -> Iterator[Scheme]:
+    """Every layout, order and Ulysses degree, for each kernel and number of ranks."""
     from distflash.parallel.layout import LAYOUTS
     from distflash.parallel.plan import ORDERS
 
-    problem = Problem(device, getattr(torch, case.dtype), HEADS, case.kv_heads, case.head_dim, case.head_dim)
-    able = [name for name, reason in candidates(problem) if reason is None or reason == BY_NAME_ONLY.get(name)]
-    for name in able if kernel is None else [kernel] if kernel in able else []:
+    for name in kernels:
         for ranks in sizes:
             for layout in LAYOUTS:
                 for order in ORDERS:
@@ -207,9 +236,9 @@ class Report:
         if broken:
             self.failures.append(f"{scheme}, {case}: {broken}")
 
-    def progress(self, case: Case) -> None:
+    def say(self, text: str) -> None:
         if self.world.is_main:
-            print(f"{case}: done, {self.count} comparisons so far, {len(self.failures)} out of budget", flush=True)
+            print(text, flush=True)
 
     def print(self) -> None:
         if not self.world.is_main:

@@ -1,0 +1,56 @@
+"""`distflash verify`: it passes what is right, fails what is wrong, and ignores no option."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from distflash.kernels import eager
+from distflash.launch import verify as module
+
+SMALL = ["--ranks", "1,2", "--length", "24", "--kernel", "eager"]
+
+
+@pytest.fixture
+def verify(monkeypatch):
+    """Run the command on one case, in this process."""
+    monkeypatch.setattr(module, "CPU_CASES", (module.Case("float64", 8, causal=True, documents=True),))
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(module.verify)
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+def test_right_results_pass_and_every_scheme_is_tried(verify):
+    result = verify(*SMALL)
+    assert result.exit_code == 0, result.output
+    assert "27 comparisons, 0 out of budget" in result.output  # 3 layouts x 3 orders x (P, U) of (1, 1), (2, 1), (2, 2)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_wrong_kernel_gives_exit_code_1_and_is_named(verify, monkeypatch, name):
+    right = getattr(eager.EagerKernel, name)
+
+    def wrong(self, *args, **more):
+        found = right(self, *args, **more)
+        return found._replace(out=found.out * 1.01) if name == "forward" else (found[0] * 1.01, *found[1:])
+
+    monkeypatch.setattr(eager.EagerKernel, name, wrong)
+    result = verify(*SMALL)
+    assert result.exit_code == 1
+    assert "wrong eager" in result.output and ("out:" if name == "forward" else "dq:") in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["--kernel", "cuda"], ["'cuda' is not known", "'eager'"]),
+        (["--kernel", "triton"], ["triton cannot serve", "CUDA and ROCm"]),
+        (["--ranks", "two"], ["--ranks", "'two'", "1,2,4"]),
+        (["--ranks", "0"], ["--ranks", "'0'"]),
+        (["--ranks", "2", "--nproc", "2"], ["--ranks", "--nproc"]),
+    ],
+)
+def test_what_cannot_be_done_is_said(verify, words, fragments):
+    result = verify(*words)
+    assert result.exit_code != 0
+    assert all(fragment in result.output for fragment in fragments), result.output
