@@ -4,7 +4,7 @@
 
 Prints registers, spilled bytes, shared memory and serialised wgmma of each kernel. Exits with 1 if something does not compile, needs
 more shared or tensor memory than the target has, comes out as a kernel that stores nothing (Triton turns what does not fit into tensor
-memory into a bare trap and reports success), or spills more than a few words or serialises in a 16-bit configuration of sm_90 at a head
+memory into a bare trap and reports success), or spills more than KNOWN_SPILLS or serialises in a 16-bit configuration of sm_90 at a head
 size of 64 or 128. To check another Triton release, unpack it and put it first on PYTHONPATH.
 """
 
@@ -46,7 +46,7 @@ TARGETS = {
 }
 KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel, "delta": delta_kernel}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-ALLOWED_SPILL = 128  # bytes a thread, around the loops: dK/dV at D = 128 is faster with them than in narrower tiles without
+KNOWN_SPILLS = {("dkv", 128): 128}  # bytes a thread, around the loops: faster with them than in narrower tiles without. All else: 0
 _FP32_POINTERS = {"lse", "lse2", "delta", "acc_out", "acc_lse", "acc_dq", "dk", "dv", "dq"}
 _INT_POINTERS = {"blocks", "entries"}
 _INPUTS = {"q", "k", "v", "out", "dout"}
@@ -172,7 +172,7 @@ def check(case: Case) -> tuple[Case, Compiled | None, str]:
         return case, result, f"needs {result.tensor_memory} columns of tensor memory, {case.target} has 512"
     if result.stores == 0:
         return case, result, "stores nothing"
-    if case.strict and result.spilled > ALLOWED_SPILL:
+    if case.strict and result.spilled > KNOWN_SPILLS.get((case.pass_, case.head_dim), 0):
         return case, result, f"spills {result.spilled} B"
     if case.strict and result.serialised:
         return case, result, "wgmma serialised"
