@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 
 from distflash.kernels.base import Partial, Problem
-from distflash.kernels.hopper import HopperKernel, check, compat, configs, host
+from distflash.kernels.hopper import HopperKernel, check, compat, configs, gradients, host, tma
 from distflash.parallel.mask import Mask, packed
 from distflash.tile import Tile, Tiles
 
@@ -73,10 +73,10 @@ def test_tensors_that_tma_cannot_read_are_copied_and_no_others():
         torch.cat([x, x], 2)[:, :, 2:6],
         message,
     ):
-        assert host._legal(t).data_ptr() == t.data_ptr()
+        assert tma.legal(t).data_ptr() == t.data_ptr()
     wide = torch.zeros(2, 10, 4, 65, dtype=torch.bfloat16)
     for t in (x.mT.contiguous().mT, x[:, :1].expand(2, 10, 4, 64), wide[..., :64], wide.flatten()[1 : 1 + x.numel()].view(x.shape)):
-        copy = host._legal(t)
+        copy = tma.legal(t)
         assert copy.data_ptr() != t.data_ptr() and copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, t)
 
 
@@ -121,8 +121,9 @@ def as_compiled(value):
 @pytest.mark.parametrize("running", [False, True])
 def test_what_is_launched_is_what_the_compile_check_compiles(monkeypatch, head_dim, dtype, running):
     launches = []
-    monkeypatch.setattr(host, "_launch", lambda kernel, grid, *args, **options: launches.append((kernel, grid, args, options)))
-    monkeypatch.setattr(host, "_sms", lambda device: 132)
+    for module in (host, gradients):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: launches.append((kernel, grid, args, options)))
+    monkeypatch.setattr(host, "sms", lambda device: 132)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     kernel, tiles = HopperKernel(), packed((0, 300), (0, 200), Mask(right=0))  # the first 100 queries see nothing
     q, k = torch.zeros(2, 300, 4, head_dim, dtype=kind), torch.zeros(2, 200, 2, head_dim, dtype=kind)
@@ -148,7 +149,7 @@ def test_what_is_launched_is_what_the_compile_check_compiles(monkeypatch, head_d
         for name, value in zip(compiled.arg_names, passed, strict=True):
             if name in constants:
                 assert value == constants[name], name
-            elif isinstance(value, host.TensorDescriptor):
+            elif isinstance(value, tma.TensorDescriptor):
                 element = {torch.float32: "fp32"}.get(value.base.dtype, dtype)
                 assert signature[name] == f"tensordesc<{element}{value.block_shape},{value.layout!r}>", name
             else:

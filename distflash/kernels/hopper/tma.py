@@ -1,0 +1,65 @@
+"""What a kernel takes: tensors that TMA can read, their descriptors, and the launch. Host side of sm_90.
+
+Legend: B batch, T tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import bfloat16, float16, float32
+
+from distflash.kernels.hopper.compat import NVMMASharedLayout, TensorDescriptor
+
+_DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
+_L2_BYTES = 28 << 20  # of the heads that are worked on at once; H100's L2 is 50 MB
+
+
+def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
+    """On the device of the first argument, which need not be the current one."""
+    with torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
+        kernel[grid](first, *args, **options)
+
+
+def legal(t: Tensor) -> Tensor:
+    """`t`, copied if TMA cannot read it: 16-byte multiples for the address and every stride, the last dimension contiguous."""
+    unit = 16 // t.element_size()
+    steps = (s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
+    if t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in steps):
+        return t
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def descriptor(t: Tensor, length: int, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """[B, T, H, D] as [B, H, T, D] in boxes of [1, 1, rows, columns]; tokens from `length` on read as zeros."""
+    B, _, H, D = t.shape
+    b, s, h, _ = t.stride()
+    aligned = H * D * 8  # any legal number: the stride of a dimension of size 1 is never used, but is checked
+    box = [1, 1, rows, columns or D]
+    return TensorDescriptor(t, [B, H, length, D], [b if B > 1 else aligned, h if H > 1 else aligned, s if t.shape[1] > 1 else aligned, 1],
+                            box, _layout(tuple(box), t.dtype))  # fmt: skip
+
+
+def vector(t: Tensor, width: int) -> TensorDescriptor:
+    """A contiguous tensor as one vector, in boxes of `width`."""
+    return TensorDescriptor(t, [t.numel()], [1], [width], _layout((width,), t.dtype))
+
+
+@functools.cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+
+
+@functools.cache
+def sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(1024)
+def heads_at_once(heads: int, bytes_each: int) -> int:
+    """The largest divisor of `heads` whose K and V stay in L2 together."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * bytes_each <= _L2_BYTES))
