@@ -23,15 +23,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from distflash.kernels.triton import TritonKernel
-from distflash.kernels.triton.configs import Config, config, family
+from distflash.kernels.triton.configs import EVERY, WHOLE, Config, config, family
 from distflash.tile import Band, Tile, Tiles
 
 TOKENS, WIDTH = 32768, 2048
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CANDIDATES = {  # (rows, columns, warps, stages)
-    "forward": [(128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
-    "dkv": [(64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
-    "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 4)],
+CANDIDATES = {  # (rows, columns, warps, stages, boxes, overlap)
+    "forward": [(128, 64, 8, 3), (128, 64, 8, 3, WHOLE), (128, 64, 8, 3, WHOLE, True), (64, 64, 4, 2, WHOLE, True), (128, 64, 4, 3, WHOLE)],
+    "dkv": [(64, 32, 4, 3), (64, 64, 4, 2, WHOLE), (64, 64, 4, 2, EVERY), (64, 64, 4, 3, WHOLE), (64, 64, 4, 3, EVERY)],
+    "dq": [(128, 64, 8, 3), (64, 64, 4, 2, WHOLE), (64, 64, 4, 3, EVERY), (128, 64, 4, 3, WHOLE)],
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def sweep(passes: list[str], S: int, D: int, causal: bool, dtype: torch.dtype, h
     tiles, flops = tiles_of(S, causal), 4 * B * H * S * S * D * (0.5 if causal else 1.0)
     q, k, v, dout = inputs(B, S, H, D, dtype, heads_first)
     out, lse = TritonKernel().forward(q, k, v, tiles, scale, dtype=dtype)
-    delta, lse2 = TritonKernel().delta(out, dout), lse * 1.4426950408889634
+    stats = TritonKernel()._stats(lse, TritonKernel().delta(out, dout))
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     for pass_ in passes:
         shipped = config(pass_, family(q.device), 2, D)
@@ -130,10 +130,11 @@ def sweep(passes: list[str], S: int, D: int, causal: bool, dtype: torch.dtype, h
             kernel = TritonKernel({pass_: tile})
             run, matmuls = {
                 "forward": (partial(kernel.forward, q, k, v, tiles, scale, dtype=dtype), 2),
-                "dkv": (partial(kernel._dkv, dout, q, k, v, lse2, delta, tiles, scale, dk, dv), 4),
-                "dq": (partial(kernel._dq, dout, q, k, v, lse2, delta, tiles, scale, dq, None, False), 3),
+                "dkv": (partial(kernel._dkv, dout, q, k, v, stats, tiles, scale, dk, dv), 4),
+                "dq": (partial(kernel._dq, dout, q, k, v, stats, tiles, scale, dq, None, False), 3),
             }[pass_]
-            name = f"{tile.rows}x{tile.columns}/{tile.warps}/{tile.stages}" + ("*" if tile == shipped else "")
+            name = f"{tile.rows}x{tile.columns}/{tile.warps}/{tile.stages}/{('pointers', 'whole', 'every')[tile.boxes]}"
+            name += "/overlap" * tile.overlap + "*" * (tile == shipped)
             try:
                 yield {"kernel": name, "pass": pass_, **measure(run, flops * matmuls / 2)}
             except Exception as error:  # too much shared memory, or a compiler that gives up: part of the answer
@@ -169,7 +170,7 @@ def main() -> None:
 
 
 def line(row: dict) -> str:
-    where = f"D={row['D']:<4} S={row['S']:<6} {'causal' if row['causal'] else 'full':6} {row['kernel']:>16} {row['pass']:8}"
+    where = f"D={row['D']:<4} S={row['S']:<6} {'causal' if row['causal'] else 'full':6} {row['kernel']:>26} {row['pass']:8}"
     if "failed" in row:
         return f"{where} failed: {row['failed']}"
     return f"{where} {row['tflops']:6.0f} TFLOP/s ({row['tflops_low']:.0f}..{row['tflops_high']:.0f}) {row['ms']:8.3f} ms"

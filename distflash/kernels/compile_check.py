@@ -24,7 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
+from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
 from distflash.kernels.triton.configs import Config, config
 from distflash.kernels.triton.forward import forward_kernel
 
@@ -44,10 +44,12 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), "sm100", 227 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx9", 64 * 1024),
 }
-KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel, "delta": delta_kernel}
+KERNELS = {"forward": forward_kernel, "dkv": dkv_kernel, "dq": dq_kernel, "delta": delta_kernel, "stats": stats_kernel}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KNOWN_SPILLS = {("dkv", 128): 128}  # bytes a thread, around the loops: faster with them than in narrower tiles without. All else: 0
-_FP32_POINTERS = {"lse", "lse2", "delta", "acc_out", "acc_lse", "acc_dq", "dk", "dv", "dq"}
+# bytes a thread, the most of Triton 3.6, 3.7 and 3.9; around the loops, not in those over whole steps: measured faster with them than
+# narrower tiles without. All else: 0
+KNOWN_SPILLS = {("forward", 64): 188, ("forward", 128): 224, ("dkv", 64): 24, ("dkv", 128): 1312}
+_FP32_POINTERS = {"lse", "delta", "stats", "acc_out", "acc_lse", "acc_dq", "dk", "dv", "dq"}
 _INT_POINTERS = {"blocks", "entries"}
 _INPUTS = {"q", "k", "v", "out", "dout"}
 
@@ -88,7 +90,7 @@ def cases(passes: list[str], targets: list[str], head_dims: list[int], dtypes: l
         for head_dim in head_dims:
             for dtype in dtypes:
                 for pass_ in passes:
-                    if pass_ == "delta":
+                    if pass_ in ("delta", "stats"):
                         yield Case(pass_, target, head_dim, dtype, Config(32, 1, 4, 1), has_lo=False, merge=False)
                         continue
                     tile = config(pass_, TARGETS[target].family, DTYPES[dtype], head_dim)
@@ -101,14 +103,17 @@ def build(case: Case) -> Compiled:
     kernel = KERNELS[case.pass_]
     constants = {
         "D": case.head_dim, "DV": case.head_dim, "PAD": case.head_dim, "PAD_V": case.head_dim, "ROWS": case.tile.rows,
-        "COLUMNS": case.tile.columns, "HAS_LO": case.has_lo, "MERGE": case.merge, "ALIGNED": not case.has_lo, "WIDE": False,
+        "COLUMNS": case.tile.columns, "HAS_LO": case.has_lo, "MERGE": case.merge, "WIDE": False, "BOXES": case.tile.boxes,
+        "OVERLAP": case.tile.overlap, "BLOCK": 1024,
     }  # fmt: skip
     signature, attrs = {}, {}
     for n, name in enumerate(kernel.arg_names):
-        signature[name] = _type_of(name, case.dtype)
+        signature[name] = _type_of(name, case)
+        if name.endswith("_box") and not case.tile.boxes:
+            constants[name] = None
         if signature[name].startswith("*") or re.fullmatch(r"\w+_[bth]", name):
             attrs[(n,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {name: constants[name] for name in kernel.arg_names if name.isupper()}, attrs)
+    source = ASTSource(kernel, signature, {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}, attrs)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
     knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
     knobs.nvidia.dump_ptxas_log = True  # its figures and warnings, printed to stdout
@@ -117,15 +122,17 @@ def build(case: Case) -> Compiled:
     return _amd(compiled) if case.target.startswith("gfx") else _nvidia(compiled, log.getvalue())
 
 
-def _type_of(name: str, dtype: str) -> str:
-    if name.isupper():
+def _type_of(name: str, case: Case) -> str:
+    if name.isupper() or (name.endswith("_box") and not case.tile.boxes):
         return "constexpr"
+    if name.endswith("_box"):
+        return f"tensordesc<{case.dtype}[1, 1, {case.tile.columns}, {case.head_dim}]>"
     if name in _INT_POINTERS:
         return "*i32"
     if name in _FP32_POINTERS:
         return "*fp32"
     if name in _INPUTS:
-        return f"*{dtype}"
+        return f"*{case.dtype}"
     return "fp32" if name.startswith("scale") else "i32"
 
 

@@ -32,7 +32,6 @@ class Table:
     entries: Tensor  # [max(m, 1), 4] int32
     busy: int
     has_lo: bool  # some entry has a lower bound that cuts something
-    aligned: bool  # every column at which a block may begin is a multiple of 16: vectors load in wider pieces
 
 
 _TABLES: WeakKeyDictionary[Tiles, dict[tuple, Table]] = WeakKeyDictionary()  # a table lives as long as its tiles
@@ -77,7 +76,6 @@ def _build(tiles: Tiles, block: int, device: torch.device, transposed: bool) -> 
         as_int32(entries),
         sum(w < 0 for w in work),
         any(lo > -_FAR for *_, lo, _ in entries),
-        not any(b[0] % 16 for b in blocks) and not any(start % 16 or lo % 16 for start, _, lo, _ in entries),
     )
 
 

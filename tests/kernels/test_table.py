@@ -82,23 +82,3 @@ def test_causal_blocks_run_longest_first():
     tiles = Tiles((Tile(slice(0, 64), slice(0, 64), Band(-63, 0)),), 64, 64)
     assert row_table(tiles, 16, CPU).blocks[:, 0].tolist() == [48, 32, 16, 0]
     assert column_table(tiles, 16, CPU).blocks[:, 0].tolist() == [0, 16, 32, 48]
-
-
-@settings(max_examples=150, deadline=None)
-@given(tiles=tables(), block=st.sampled_from([16, 64]), scale=st.sampled_from([1, 16]))
-def test_aligned_means_that_every_step_begins_at_a_multiple_of_16(tiles, block, scale):
-    grown = [
-        Tile(*(slice(scale * s.start, scale * s.stop) for s in (t.q, t.kv)), Band(scale * t.band.lo, scale * t.band.hi)) for t in tiles
-    ]
-    table = column_table(Tiles(tuple(grown), scale * tiles.q_len, scale * tiles.kv_len), block, CPU)
-    entries = table.entries.tolist()
-    begins = [max(e[0], row + e[2]) for row, _, first, count in table.blocks.tolist() for e in entries[first : first + count]]
-    assert not table.aligned or not any(begin % 16 for begin in begins)
-    assert table.aligned or scale == 1
-
-
-def test_a_causal_square_is_aligned_and_a_document_border_may_not_be():
-    square = Tile(slice(0, 64), slice(0, 64), Band(-63, 0))
-    document = Tile(slice(17, 64), slice(17, 64), Band(-46, 0))
-    assert column_table(Tiles((square,), 64, 64), 64, CPU).aligned
-    assert not column_table(Tiles((document,), 64, 64), 64, CPU).aligned

@@ -11,15 +11,23 @@ from functools import cache
 
 import torch
 
+WHOLE, EVERY = 1, 2  # steps that load through descriptors: those that need no mask; all
+
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a program, its warps, and how many steps its loads run ahead."""
+    """Tile sizes of a program, its warps, and how many steps its loads run ahead.
+
+    boxes: the steps that load through descriptors (TMA) where the tensors' strides allow it, WHOLE or EVERY; 0 is none.
+    overlap (forward): the product with the values runs a step late, beside the next exponentials.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    boxes: int = 0
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for value in (self.rows, self.columns, self.warps):
@@ -30,16 +38,15 @@ class Config:
 PASSES = ("forward", "dkv", "dq")
 _WIDTHS = (64, 128, 256)  # of the padded head; the columns of the tables below
 _HOPPER = {
+    "forward": (Config(128, 64, 4, 3, WHOLE), Config(64, 64, 4, 2, WHOLE, overlap=True), Config(128, 32, 8, 3)),
+    "dkv": (Config(64, 64, 4, 3, WHOLE), Config(64, 64, 4, 2, EVERY), Config(64, 32, 8, 2)),
+    "dq": (Config(64, 64, 4, 3, EVERY), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
+}
+_BLACKWELL = {  # at D = 256 the accumulators of larger blocks need more than the 512 columns of tensor memory
     "forward": (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
-    "dkv": (Config(128, 64, 8, 2), Config(64, 32, 4, 3), Config(64, 32, 8, 2)),
+    "dkv": (Config(128, 64, 8, 2), Config(64, 32, 4, 3), Config(32, 32, 4, 1)),
     "dq": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
 }
-_BLACKWELL = (
-    _HOPPER
-    | {  # at D = 256 the accumulators of larger blocks need more than the 512 columns of tensor memory
-        "dkv": (*_HOPPER["dkv"][:2], Config(32, 32, 4, 1)),
-    }
-)
 _AMPERE = {  # fits the 99 KB of sm_86, sm_89 and sm_120 too
     "forward": (Config(128, 64, 4, 2), Config(128, 32, 4, 2), Config(64, 32, 4, 2)),
     "dkv": (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
@@ -55,7 +62,11 @@ _FP32 = {  # exact fp32 dots run on the FMA units, operands in registers
     "dkv": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
     "dq": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 8, 1)),
 }
-_SMALL = {name: (Config(64, 64, 4, 1),) * 3 for name in PASSES}
+_SMALL = {
+    "forward": (Config(64, 64, 4, 1, WHOLE, overlap=True),) * 3,
+    "dkv": (Config(64, 64, 4, 1, EVERY),) * 3,
+    "dq": (Config(64, 64, 4, 1, WHOLE),) * 3,
+}
 FAMILIES = {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm80": _AMPERE, "gfx9": _CDNA, "interpreter": _SMALL}
 
 

@@ -9,49 +9,83 @@ The body exceeds the usual length because a kernel's whole state is its local va
 import triton
 import triton.language as tl
 
-from distflash.kernels.triton.tiles import column_ranges, kept, load_tile, store_tile
+from distflash.kernels.triton.tiles import column_ranges, kept, load_step, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _softmax(score, peak, total, keep, scale2, MASKED: tl.constexpr):
+    """One step of the online softmax: probabilities, the factor that rescales what was summed before, new row maxima and sums."""
+    if MASKED:
+        score = tl.where(keep, score * scale2, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing yet: exp2(-inf - 0) = 0, no NaN
+        p = tl.exp2(score - shift[:, None])
+    else:
+        higher = tl.maximum(peak, tl.max(score, 1) * scale2)  # scale2 >= 0
+        shift = higher
+        p = tl.exp2(score * scale2 - shift[:, None])
+    shrink = tl.exp2(peak - shift)
+    return p, shrink, higher, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
 def _attend(
-    out, peak, total, q, k, v, k_t, v_t, begin, stop, end, rows, lo, hi, scale2,
+    out, peak, total, q, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, end, rows, lo, hi, scale2,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, BOXES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One range of columns: out, row maxima and row sums, updated by the online softmax."""
     for column in tl.range(begin, stop, COLUMNS):
-        keys = load_tile(k, k_t, column, end, D, COLUMNS, PAD, WIDE, MASKED)  # [COLUMNS, PAD]
+        keys = load_step(k_box, k, k_t, batch, head, column, end, D, COLUMNS, PAD, WIDE, MASKED, BOXES)  # [COLUMNS, PAD]
         score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS] fp32
-        if MASKED:
-            keep = kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO)
-            score = tl.where(keep, score * scale2, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing yet: exp2(-inf - 0) = 0, no NaN
-            p = tl.exp2(score - shift[:, None])
-        else:
-            higher = tl.maximum(peak, tl.max(score, 1) * scale2)  # scale2 >= 0
-            shift = higher
-            p = tl.exp2(score * scale2 - shift[:, None])
-        shrink = tl.exp2(peak - shift)
-        total = total * shrink + tl.sum(p, 1)
+        keep = kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO) if MASKED else 0
+        p, shrink, peak, total = _softmax(score, peak, total, keep, scale2, MASKED)
         out = out * shrink[:, None]
-        values = load_tile(v, v_t, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED)  # [COLUMNS, PAD_V]
+        values = load_step(v_box, v, v_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
         out = tl.dot(p.to(values.dtype), values, out, input_precision="ieee")
-        peak = higher
+    return out, peak, total
+
+
+@triton.jit
+def _attend_overlapped(
+    out, peak, total, q, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, scale2,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    BOXES: tl.constexpr,
+):  # fmt: skip
+    """_attend without a mask, the product with the values one step late: it runs beside the next step's exponentials.
+
+    Triton leaves a dot in flight only if nothing of its own step reads the result. `p` is carried in fp32: what a loop carries in
+    16 bits would go to the dot through shared memory, and be waited for.
+    """
+    if begin < stop:
+        keys = load_step(k_box, k, k_t, batch, head, begin, stop, D, COLUMNS, PAD, WIDE, False, BOXES)
+        p, shrink, peak, total = _softmax(tl.dot(q, keys.T, input_precision="ieee"), peak, total, 0, scale2, False)
+        for column in tl.range(begin + COLUMNS, stop, COLUMNS):
+            keys = load_step(k_box, k, k_t, batch, head, column, stop, D, COLUMNS, PAD, WIDE, False, BOXES)
+            score = tl.dot(q, keys.T, input_precision="ieee")
+            out = out * shrink[:, None]
+            values = load_step(v_box, v, v_t, batch, head, column - COLUMNS, stop, DV, COLUMNS, PAD_V, WIDE, False, BOXES)
+            out = tl.dot(p.to(values.dtype), values, out, input_precision="ieee")
+            p, shrink, peak, total = _softmax(score, peak, total, 0, scale2, False)
+        values = load_step(v_box, v, v_t, batch, head, stop - COLUMNS, stop, DV, COLUMNS, PAD_V, WIDE, False, BOXES)
+        out = tl.dot(p.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
     return out, peak, total
 
 
 @triton.jit(do_not_specialize=["n_blocks", "heads", "q_len"])
 def forward_kernel(
-    q, k, v, out, lse, acc_out, acc_lse, blocks, entries, scale2,
+    q, k, v, k_box, v_box, out, lse, acc_out, acc_lse, blocks, entries, scale2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, n_blocks, heads, group, q_len,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out [B, T, H, DV] and lse [B, H, T], both contiguous; acc_out and acc_lse likewise, read if MERGE. Needs scale2 >= 0."""
+    """out [B, T, H, DV] and lse [B, H, T], both contiguous; acc_out and acc_lse likewise, read if MERGE. Needs scale2 >= 0.
+
+    k_box, v_box: descriptors of k and v as [B, Hk, S, D] in boxes of COLUMNS rows, or None if BOXES is 0.
+    """
     program = tl.program_id(0)
     block = blocks + 4 * (program % n_blocks)  # a head's blocks run side by side and share its k and v in L2
     head = program // n_blocks % heads
@@ -61,8 +95,10 @@ def forward_kernel(
     rows = first_row + tl.arange(0, ROWS)
 
     q_tile = load_tile(q + batch * q_b + tl.cast(head, tl.int64) * q_h, q_t, first_row, stop_row, D, ROWS, PAD, WIDE, True)
-    k += batch * k_b + tl.cast(head // group, tl.int64) * k_h
-    v += batch * v_b + tl.cast(head // group, tl.int64) * v_h
+    kv_head = head // group
+    k += batch * k_b + tl.cast(kv_head, tl.int64) * k_h
+    v += batch * v_b + tl.cast(kv_head, tl.int64) * v_h
+    batch_32 = tl.cast(batch, tl.int32)
     o = tl.zeros([ROWS, PAD_V], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -72,16 +108,22 @@ def forward_kernel(
         first, inner, tail, end = column_ranges(first_row, stop_row, start, stop, lo, hi, COLUMNS)
         if HAS_LO:
             o, peak, total = _attend(
-                o, peak, total, q_tile, k, v, k_t, v_t, first, tl.minimum(inner, end), end, rows, lo, hi, scale2,
-                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+                o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, first, tl.minimum(inner, end), end, rows, lo, hi,
+                scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+            )  # fmt: skip
+        if OVERLAP:
+            o, peak, total = _attend_overlapped(
+                o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, inner, tail, scale2,
+                D, DV, PAD, PAD_V, COLUMNS, WIDE, BOXES,
+            )  # fmt: skip
+        else:
+            o, peak, total = _attend(
+                o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, inner, tail, end, rows, lo, hi,
+                scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=False,
             )  # fmt: skip
         o, peak, total = _attend(
-            o, peak, total, q_tile, k, v, k_t, v_t, inner, tail, end, rows, lo, hi, scale2,
-            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=False,
-        )  # fmt: skip
-        o, peak, total = _attend(
-            o, peak, total, q_tile, k, v, k_t, v_t, tail, end, end, rows, lo, hi, scale2,
-            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, MASKED=True,
+            o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, tail, end, end, rows, lo, hi,
+            scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
         )  # fmt: skip
 
     line = (batch * heads + head) * q_len + rows  # of lse

@@ -7,15 +7,19 @@ Each pass is one launch over a tile table; nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distflash.kernels.base import Partial, Problem
+from distflash.kernels.box import heads_first, readable
 from distflash.kernels.table import column_table, row_table
-from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
+from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
 from distflash.kernels.triton.configs import Config, config, family, pad
 from distflash.kernels.triton.forward import forward_kernel
 from distflash.tile import Tiles
@@ -46,6 +50,10 @@ class TritonKernel:
             return "triton kernels need compute capability 8.0 or newer"
         return None
 
+    def deterministic(self) -> TritonKernel:
+        """Itself: two passes without atomics, whatever is asked for."""
+        return self
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
     ) -> Partial:
@@ -59,12 +67,13 @@ class TritonKernel:
         tile = self._config("forward", q, v)
         table = row_table(tiles, tile.rows, q.device)
         blocks = table.busy if stays else len(table.blocks)
+        boxes = _boxes(tile, k, v)
         self._launch(
             forward_kernel, q, blocks * B * H, tile,
-            q, k, v, out, lse, acc.out if acc else out, lse, table.blocks, table.entries, abs(scale) * _LOG2E,
+            q, k, v, *boxes, out, lse, acc.out if acc else out, lse, table.blocks, table.entries, abs(scale) * _LOG2E,
             *_strides(q, k, v), blocks, H, H // max(k.shape[2], 1), Tq,
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
-            HAS_LO=table.has_lo, MERGE=acc is not None, WIDE=_wide(q, k, v, out),
+            HAS_LO=table.has_lo, MERGE=acc is not None, WIDE=_wide(q, k, v, out), BOXES=tile.boxes if boxes[0] else 0, OVERLAP=tile.overlap,
         )  # fmt: skip
         return Partial(out, lse)
 
@@ -98,40 +107,50 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv, bit-equal from run to run; dq in place where it is contiguous and stays fp32."""
         q, k, v, dout = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(dout.to(q.dtype))
-        lse2, delta = (lse * _LOG2E).contiguous(), delta.contiguous()  # once here, not once a step of the dK/dV loop
+        stats = self._stats(lse.contiguous(), delta.contiguous())
         dkv_dtype, dq_dtype = dkv_dtype or torch.float32, dq_dtype or torch.float32
         dk, dv = (torch.empty(t.shape, dtype=dkv_dtype, device=t.device) for t in (k, v))
         carried = dq.contiguous() if dq is not None else None
         stays = carried is not None and dq_dtype == carried.dtype
         dq = carried if carried is not None and stays else torch.empty(q.shape, dtype=dq_dtype, device=q.device)
-        self._dkv(dout, q, k, v, lse2, delta, tiles, scale, dk, dv)
-        self._dq(dout, q, k, v, lse2, delta, tiles, scale, dq, carried, stays)
+        with _fork(q.device) as beside:
+            self._dkv(dout, q, k, v, stats, tiles, scale, dk, dv)
+            with beside:
+                self._dq(dout, q, k, v, stats, tiles, scale, dq, carried, stays)
         return dq, dk, dv
 
-    def _dkv(self, dout, q, k, v, lse2, delta, tiles: Tiles, scale: float, dk: Tensor, dv: Tensor) -> None:
+    def _stats(self, lse: Tensor, delta: Tensor) -> Tensor:
+        """(lse in base 2, delta) as [B, H, Tq, 2]."""
+        stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
+        self._launch(stats_kernel, lse, -(-lse.numel() // 1024), Config(1, 1, 4, 1), lse, delta, stats, lse.numel(), BLOCK=1024)
+        return stats
+
+    def _dkv(self, dout, q, k, v, stats, tiles: Tiles, scale: float, dk: Tensor, dv: Tensor) -> None:
         (B, Tq, H, D), (_, Tk, Hk, Dv) = q.shape, v.shape
         tile = self._config("dkv", q, v)
         table = column_table(tiles, tile.rows, q.device)
         blocks = len(table.blocks)
+        boxes = _boxes(tile, q, dout)
         self._launch(
             dkv_kernel, q, blocks * B * Hk, tile,
-            q, k, v, dout, lse2, delta, dk, dv, table.blocks, table.entries, scale, scale * _LOG2E,
+            q, k, v, dout, *boxes, stats, dk, dv, table.blocks, table.entries, scale, scale * _LOG2E,
             *_strides(q, k, v, dout), blocks, Hk, H // max(Hk, 1), Tq, Tk,
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
-            HAS_LO=table.has_lo, ALIGNED=table.aligned and Tq % 16 == 0, WIDE=_wide(q, k, v, dout),
+            HAS_LO=table.has_lo, WIDE=_wide(q, k, v, dout), BOXES=tile.boxes if boxes[0] else 0,
         )  # fmt: skip
 
-    def _dq(self, dout, q, k, v, lse2, delta, tiles: Tiles, scale: float, dq: Tensor, carried: Tensor | None, stays: bool) -> None:
+    def _dq(self, dout, q, k, v, stats, tiles: Tiles, scale: float, dq: Tensor, carried: Tensor | None, stays: bool) -> None:
         (B, Tq, H, D), (_, _, Hk, Dv) = q.shape, v.shape
         tile = self._config("dq", q, v)
         table = row_table(tiles, tile.rows, q.device)
         blocks = table.busy if stays else len(table.blocks)
+        boxes = _boxes(tile, k, v)
         self._launch(
             dq_kernel, q, blocks * B * H, tile,
-            q, k, v, dout, lse2, delta, dq, dq if carried is None else carried, table.blocks, table.entries, scale, scale * _LOG2E,
+            q, k, v, dout, *boxes, stats, dq, dq if carried is None else carried, table.blocks, table.entries, scale, scale * _LOG2E,
             *_strides(q, k, v, dout), blocks, H, H // max(Hk, 1), Tq,
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
-            HAS_LO=table.has_lo, MERGE=carried is not None, WIDE=_wide(q, k, v, dout),
+            HAS_LO=table.has_lo, MERGE=carried is not None, WIDE=_wide(q, k, v, dout), BOXES=tile.boxes if boxes[0] else 0,
         )  # fmt: skip
 
     def _config(self, pass_: str, q: Tensor, v: Tensor) -> Config:
@@ -145,6 +164,32 @@ class TritonKernel:
             return
         with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def _boxes(tile: Config, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Descriptors of [B, T, H, D] tensors in boxes of tile.columns rows, as wide as the padded head; None where pointers must do."""
+    if not tile.boxes or not all(readable(t) for t in tensors):
+        return [None] * len(tensors)
+    return [TensorDescriptor(t, *heads_first(t), [1, 1, tile.columns, pad(t.shape[3])]) for t in tensors]
+
+
+@contextlib.contextmanager
+def _fork(device: torch.device) -> Iterator[contextlib.AbstractContextManager]:
+    """Yields a context whose launches run beside those after this point: the end of one pass is filled by the start of the other."""
+    if device.type != "cuda":
+        yield contextlib.nullcontext()
+        return
+    current, side = torch.cuda.current_stream(device), _side(device)
+    side.wait_stream(current)
+    try:
+        yield torch.cuda.stream(side)
+    finally:
+        current.wait_stream(side)
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _rowwise(t: Tensor) -> Tensor:

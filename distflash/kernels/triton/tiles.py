@@ -63,6 +63,25 @@ def load_tile(base, stride, first, end, D: tl.constexpr, ROWS: tl.constexpr, PAD
 
 
 @triton.jit
+def load_step(
+    box, base, stride, batch, head, first, end,
+    D: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr, CHECK: tl.constexpr, BOXES: tl.constexpr,
+):  # fmt: skip
+    """load_tile of one (batch element, head), through the tensor's descriptor `box` in steps that check nothing (BOXES 1) or in all (2).
+
+    The copy engine makes the addresses, which as pointers take registers that the 64-column steps don't have. It reads past `end`: what
+    is there is cleared in registers, as 0 * NaN would be NaN.
+    """
+    if BOXES == 2 or (BOXES == 1 and not CHECK):
+        tile = tl.reshape(box.load([batch, head, first, 0]), [ROWS, PAD])
+        if CHECK:
+            tile = tl.where((first + tl.arange(0, ROWS) < end)[:, None], tile, 0.0)
+    else:
+        tile = load_tile(base, stride, first, end, D, ROWS, PAD, WIDE, CHECK)
+    return tile
+
+
+@triton.jit
 def store_tile(base, stride, first, end, tile, D: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr):
     """Write [ROWS, PAD] to rows first..end of a matrix [*, D], in the matrix' dtype."""
     at = base + tl.cast(first, tl.int64) * stride + _offsets(stride, ROWS, PAD, WIDE)
@@ -73,11 +92,11 @@ def store_tile(base, stride, first, end, tile, D: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def load_vector(base, first, end, ROWS: tl.constexpr, CHECK: tl.constexpr):
-    """Elements first..first+ROWS of a contiguous fp32 vector: 0 from `end` on if CHECK."""
-    at = base + first + tl.arange(0, ROWS)
+def load_pairs(base, first, end, ROWS: tl.constexpr, CHECK: tl.constexpr):
+    """Pairs first..first+ROWS of a contiguous fp32 [*, 2], as two vectors: 0 from `end` on if CHECK."""
+    at = base + 2 * first + 2 * tl.arange(0, ROWS)[:, None] + tl.arange(0, 2)[None, :]
     if CHECK:
-        vector = tl.load(at, mask=first + tl.arange(0, ROWS) < end, other=0.0)
+        pairs = tl.load(at, mask=(first + tl.arange(0, ROWS) < end)[:, None], other=0.0)
     else:
-        vector = tl.load(at)
-    return vector
+        pairs = tl.load(at)
+    return tl.split(pairs)

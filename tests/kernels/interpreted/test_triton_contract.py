@@ -170,10 +170,25 @@ def test_delta_is_the_rowsum_of_out_times_dout():
     torch.testing.assert_close(delta, (out * dout).sum(-1).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_other_tile_sizes_give_the_same_answer():
-    kernel = TritonKernel({name: configs.Config(32, 16, 4, 1) for name in configs.PASSES})
-    case = Case("small tiles", banded(60, 75, -20, 30))
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("boxes", [0, configs.WHOLE, configs.EVERY])
+@pytest.mark.parametrize("tiles", [banded(60, 75, -20, 30), full(100, 64), documents(0, 7, 90, 131)], ids=["band", "full", "documents"])
+def test_other_tile_sizes_and_ways_to_load_give_the_same_answer(tiles, boxes, overlap):
+    kernel = TritonKernel({name: configs.Config(32, 16, 4, 1, boxes, overlap) for name in configs.PASSES})
+    case = Case("small tiles", tiles, B=2, H=4, Hk=2, D=24)
     assert_close(case, computed(case, *case.tensors(), kernel=kernel), oracle(case, *case.tensors()))
+
+
+@pytest.mark.parametrize("boxes", [0, configs.WHOLE, configs.EVERY])
+def test_garbage_in_another_document_does_not_leak(boxes):
+    kernel = TritonKernel({name: configs.Config(32, 16, 4, 1, boxes) for name in configs.PASSES})
+    tensors = Case("neighbours", documents(0, 41, 90)).tensors()
+    for t in tensors:
+        t[:, 41:] = float("nan")
+    case, clean = Case("first", documents(0, 41)), [t[:, :41] for t in tensors]
+    found = computed(Case("first of two", documents(0, 41, 90)), *tensors, kernel=kernel)
+    kept = Attention(*(t[..., :41] if name == "lse" else t[:, :41] for name, t in zip(found._fields, found, strict=True)))
+    assert_close(case, kept, oracle(case, *clean))
 
 
 def problem(**changes) -> Problem:
