@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from distflash.launch.world import World, init
     from distflash.parallel.loss import token_mean
     from distflash.parallel.sequence import SequenceParallel, ShardedSequence
+    from distflash.parallel.slices import Slice, Slices
 
 __version__ = "0.1.0.dev0"
-__all__ = ["SequenceParallel", "ShardedSequence", "World", "attention", "explain", "init", "token_mean"]
+__all__ = ["SequenceParallel", "ShardedSequence", "Slice", "Slices", "World", "attention", "explain", "init", "token_mean"]
 
 _HOMES = {
     "SequenceParallel": "distflash.parallel.sequence",
     "ShardedSequence": "distflash.parallel.sequence",
+    "Slice": "distflash.parallel.slices",
+    "Slices": "distflash.parallel.slices",
     "World": "distflash.launch.world",
     "attention": "distflash.api",
     "explain": "distflash.explanation",

@@ -12,12 +12,13 @@ from torch import Tensor
 from distflash.kernels.base import Kernel, Problem
 from distflash.kernels.select import select
 from distflash.parallel.autograd import Scheme, attend
-from distflash.parallel.mask import Mask, packed
+from distflash.parallel.mask import AnyMask, packed
 from distflash.parallel.merge import with_sinks
 from distflash.parallel.plan import alone
 from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalGroup
-from distflash.validate import check_shards, check_sinks, check_tensors, documents, refuse, scale_of, window
+from distflash.validate import check_shards, check_sinks, check_tensors, documents, refuse, scale_of, sees
 
 
 def attention(
@@ -33,7 +34,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    mask: object | None = None,
+    mask: Slices | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     deterministic: bool = False,
@@ -56,7 +57,9 @@ def attention(
         kernel: "auto", or a name: a kernel asked for by name runs or raises.
         sinks: (H,) logits, any floating dtype, that join each row's denominator and nothing else; differentiable. On each rank
             their gradient is that of its own tokens: reduce it over ranks like any parameter's. lse includes them.
-        softcap, alibi_slopes, dropout_p, mask: not supported yet; anything but the default raises.
+        mask: `Slices`: which keys each query sees, in global positions, instead of causal and window_size. Where there are
+            documents, each slice lies inside one of them.
+        softcap, alibi_slopes, dropout_p: not supported yet; anything but the default raises.
 
     Returns:
         out (B, T, H, Dv) in q.dtype; with `return_lse` also lse (B, H, T), fp32 (fp64 for fp64), natural log. Without a batch
@@ -70,18 +73,18 @@ def attention(
     With `seq` this is a collective. Sources: FlashAttention-2 (arXiv:2307.08691), Ring Attention (arXiv:2310.01889), DeepSpeed
     Ulysses (arXiv:2309.14509).
     """
-    refuse(softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None), dropout_p=(dropout_p, 0.0), mask=(mask, None))
+    refuse(softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None), dropout_p=(dropout_p, 0.0))
     batched = check_tensors(q, k, v)
     check_sinks(sinks, q)
-    left, right = window(causal, window_size)
     scale = scale_of(softmax_scale, q.shape[-1])
     chosen = select(kernel, Problem(q.device, q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], deterministic))
     if seq is None:
         lengths = (q.shape[-3], k.shape[-3])
-        scheme = _one_device(documents(cu_seqlens_q, cu_seqlens_k, *lengths), left, right, chosen, scale)
+        cu = documents(cu_seqlens_q, cu_seqlens_k, *lengths)
+        scheme = _one_device(*cu, sees(mask, causal, window_size, *cu), chosen, scale)
     else:
         check_shards(q, k, seq, cu_seqlens_q, cu_seqlens_k)
-        scheme = seq.scheme(left, right, chosen, scale, q.shape[-2], k.shape[-2])
+        scheme = seq.scheme(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens), chosen, scale, q.shape[-2], k.shape[-2])
     if not batched:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     out, lse = attend(q, k, v, scheme)
@@ -96,7 +99,5 @@ _ALONE = LocalGroup(1).wire(0)  # nobody to talk to
 
 
 @lru_cache(maxsize=256)
-def _one_device(
-    documents: tuple[tuple[int, ...], tuple[int, ...]], left: int | None, right: int | None, kernel: Kernel, scale: float
-) -> Scheme:
-    return Scheme(alone(packed(*documents, Mask(left, right))), _ALONE, None, kernel, scale)
+def _one_device(cu_q: tuple[int, ...], cu_k: tuple[int, ...], mask: AnyMask, kernel: Kernel, scale: float) -> Scheme:
+    return Scheme(alone(packed(cu_q, cu_k, mask)), _ALONE, None, kernel, scale)

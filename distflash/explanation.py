@@ -9,11 +9,12 @@ import torch
 
 from distflash.kernels.base import Problem, accumulator
 from distflash.kernels.select import candidates, select
-from distflash.parallel.mask import Mask, packed
+from distflash.parallel.mask import packed
 from distflash.parallel.plan import Visit, alone
 from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Ulysses
-from distflash.validate import check_shards, check_tensors, window
+from distflash.validate import check_shards, check_tensors, sees
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class Explanation:
     kernel: str
     passed_over: tuple[tuple[str, str], ...]  # (kernel, reason), in the order in which they were tried
     scheme: str
-    visits: int  # blocks of K/V that come by
-    busy_visits: int  # of those, blocks of which some pair is kept
+    visits: int  # steps at which this rank computes or exchanges something
+    busy_visits: int  # of those, steps at which it computes: blocks of which some pair is kept
     tiles: int
+    pairs_kept: int  # (query, key) pairs that the mask keeps of this rank's queries (its ring's, under Ulysses) and all keys
+    pairs: int  # and how many there are
     forward_flops: int
     backward_flops: int
     forward_bytes: int  # sent by this rank
@@ -38,6 +41,7 @@ class Explanation:
         rows += [
             f"scheme    {self.scheme}",
             f"plan      {self.visits} visits, {self.busy_visits} of them with work, {self.tiles} tiles",
+            f"mask      keeps {self.pairs_kept} of {self.pairs} pairs of a query and a key, {self.pairs_kept / max(self.pairs, 1):.2%}",
             f"work      {self.forward_flops:.3e} FLOPs forward, {self.backward_flops:.3e} backward",
             f"traffic   {self.forward_bytes / 2**20:.1f} MiB sent forward, {self.backward_bytes / 2**20:.1f} MiB backward",
         ]
@@ -51,6 +55,7 @@ def explain(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    mask: Slices | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     deterministic: bool = False,
@@ -72,11 +77,13 @@ def explain(
     chosen = select(kernel, problem).name
     tried = [] if kernel != "auto" else candidates(problem)
     passed_over = tuple((name, reason) for name, reason in tried[: [name for name, _ in tried].index(chosen) if tried else 0] if reason)
-    left, right = window(causal, window_size)
     if seq is None:
-        ulysses, visits, scheme = None, alone(packed((0, q_len), (0, k_len), Mask(left, right))), "one device, nothing is sent"
+        cu = (0, q_len), (0, k_len)
+        ulysses, visits, scheme = None, alone(packed(*cu, sees(mask, causal, window_size, *cu))), "one device, nothing is sent"
+        all_keys = k_len
     else:
-        visits, sp = seq.visits(Mask(left, right, seq.cu_seqlens)), seq.sp
+        sp, all_keys = seq.sp, seq.length
+        visits = seq.visits(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens))
         ulysses = seq.head_exchange(heads, kv_heads)
         scheme = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire.name}"
     mine, kv_mine = heads, kv_heads
@@ -87,16 +94,22 @@ def explain(
         sent, sent_back = (batch * n for n in _ulysses_bytes(ulysses, head_dim, dtype))
     ring, ring_back = _ring_bytes(visits, batch * kv_mine * 2 * head_dim, dtype)
     sent, sent_back = sent + ring, sent_back + ring_back
-    forward = 4 * batch * mine * head_dim * sum(visit.tiles.area for visit in visits)
+    kept = sum(visit.tiles.area for visit in visits)
+    forward = 4 * batch * mine * head_dim * kept
     busy = sum(bool(visit.tiles) for visit in visits)
     tiles = sum(len(visit.tiles) for visit in visits)
-    return Explanation(chosen, passed_over, scheme, len(visits), busy, tiles, forward, forward * 5 // 2, sent, sent_back)
+    pairs = visits[0].tiles.q_len * all_keys
+    return Explanation(chosen, passed_over, scheme, len(visits), busy, tiles, kept, pairs, forward, forward * 5 // 2, sent, sent_back)
 
 
 def _ring_bytes(visits: Sequence[Visit], numbers_a_token: int, dtype: torch.dtype) -> tuple[int, int]:
     """(forward, backward) bytes of the ring: K and V each way round; in the backward their gradients come along."""
-    moved = sum(visit.tiles.kv_len * len(visit.hops) for visit in visits) * numbers_a_token
-    home = sum(visit.tiles.kv_len for visit in visits) * numbers_a_token if len(visits) > 1 else 0
+    own = visits[0].tiles.kv_len
+    moved = home = 0
+    for visit in visits:
+        block = visit.tiles.kv_len
+        moved += sum(block * (hop.onward is not None) + own * (hop.own is not None) for hop in visit.hops) * numbers_a_token
+        home += block * (visit.home.dest is not None) * numbers_a_token
     return moved * dtype.itemsize, moved * dtype.itemsize + home * accumulator(dtype).itemsize
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from distflash.kernels.base import accumulator
+from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalGroup, LocalWire, RankLost
 
 
@@ -45,8 +46,11 @@ def keep_mask(
     window_size: tuple[int, int] = (-1, -1),
     cu_seqlens_q: Sequence[int] | None = None,
     cu_seqlens_k: Sequence[int] | None = None,
+    mask: Slices | None = None,
 ) -> Tensor:
     """Which pairs (query, key) may meet, bool [Sq, Sk], by the words of `distflash.attention`'s docstring."""
+    if mask is not None:
+        return _keep_slices(q_len, k_len, mask)
     cu_q = cu_seqlens_q or (0, q_len)
     cu_k = cu_seqlens_k or cu_seqlens_q or (0, k_len)
     keep = torch.zeros(q_len, k_len, dtype=torch.bool)
@@ -61,6 +65,24 @@ def keep_mask(
         if right >= 0:
             inside &= distance <= right
         keep[q0:q1, k0:k1] = inside
+    return keep
+
+
+def _keep_slices(q_len: int, k_len: int, mask: Slices) -> Tensor:
+    """By the words of `distflash.Slice`'s docstring."""
+    keep = torch.zeros(q_len, k_len, dtype=torch.bool)
+    i, j = torch.arange(q_len)[:, None], torch.arange(k_len)
+    for s in mask.slices:
+        inside = (i >= s.q[0]) & (i < s.q[1]) & (j >= s.k[0]) & (j < s.k[1])
+        if s.kind == "causal":
+            inside &= s.k[1] - j >= s.q[1] - i
+        if s.kind == "inverse-causal":
+            inside &= j - s.k[0] >= i - s.q[0]
+        if s.kind == "band" and s.window_size[0] >= 0:
+            inside &= j - i >= -s.window_size[0]
+        if s.kind == "band" and s.window_size[1] >= 0:
+            inside &= j - i <= s.window_size[1]
+        keep |= inside
     return keep
 
 

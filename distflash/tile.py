@@ -1,7 +1,7 @@
 """What a plan hands to a kernel: which local queries meet which local keys. Integers only.
 
 Band    keep (i, j) iff lo <= j - i <= hi              full, causal, sliding window, and shifts of them
-Tile    a rectangle of local rows x local columns, and the band kept inside it
+Tile    a rectangle of rows x columns, and the band kept inside it: local in what a kernel gets, global in a mask
 Tiles   every rectangle of one visit: a kernel works through all of them in one launch
 """
 
@@ -44,6 +44,18 @@ class Tile:
     def area(self) -> int:
         """How many (query, key) pairs are kept."""
         return _kept(self.rows, self.columns, self.band.hi) - _kept(self.rows, self.columns, self.band.lo - 1)
+
+    def cropped(self) -> Tile | None:
+        """Without the rows that see no key and the keys that no row sees. None if nothing is left."""
+        m, n, lo, hi = self.rows, self.columns, self.band.lo, self.band.hi
+        i0, i1 = max(0, -hi), min(m, n - lo)
+        j0, j1 = max(0, lo), min(n, m + hi)
+        if i0 >= i1 or j0 >= j1 or lo > hi:
+            return None
+        if (i0, i1, j0, j1) == (0, m, 0, n):
+            return self
+        q, kv = slice(self.q.start + i0, self.q.start + i1), slice(self.kv.start + j0, self.kv.start + j1)
+        return Tile(q, kv, Band(lo - j0 + i0, hi - j0 + i0))
 
     @classmethod
     def whole(cls, q: slice, kv: slice) -> Tile:

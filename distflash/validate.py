@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from distflash.parallel.mask import AnyMask, Mask
 from distflash.parallel.sequence import ShardedSequence, borders
+from distflash.parallel.slices import Slices
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,6 +67,27 @@ def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int 
         raise ValueError(f"window_size={window_size!r} must be two integers (left, right), each -1 (unlimited) or more")
     left, right = (None if w == -1 else w for w in window_size)
     return left, 0 if causal else right
+
+
+def sees(mask: Slices | None, causal: bool, window_size: tuple[int, int], cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> AnyMask:
+    """What each query sees, as one mask: `mask` as it is, or else a window inside each document."""
+    left, right = window(causal, window_size)
+    if mask is None:
+        return Mask(left, right, cu_q)
+    if not isinstance(mask, Slices):
+        raise TypeError(f"mask must be distflash.Slices, got {type(mask).__name__}: for blocks of 0 and 1 there is Slices.from_block_mask")
+    if (left, right) != (None, None):
+        raise ValueError(
+            f"mask={mask} says what each query sees, and so would causal={causal}, window_size={window_size}: "
+            "leave these out and use slices of kind 'causal' or 'band'"
+        )
+    _check_slices(mask, cu_q, cu_k)
+    return mask
+
+
+@lru_cache(maxsize=256)
+def _check_slices(mask: Slices, cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> None:
+    mask.check(cu_q, cu_k)  # once, not in every layer
 
 
 def scale_of(softmax_scale: float | None, head_dim: int) -> float:

@@ -51,32 +51,48 @@ MUTANTS = {
         "parallel/layout.py", "for spans in group for span in spans", "for spans in group[::-1] for span in spans",
         "parallel/test_layout.py::test_gathered_is_the_inverse_of_split_and_spans_are_joined_again"),
     "document borders are off by one": Mutant(
-        "parallel/mask.py", "_first_at_least(span, documents[n]) for n",
-        "_first_at_least(span, documents[n] + 1) for n", f"{COVERAGE}[zigzag-2]"),
+        "parallel/mask.py", "for token in (start, stop))", "for token in (start, stop + 1))", f"{COVERAGE}[zigzag-2]"),
     "documents are forgotten": Mutant(
-        "parallel/sequence.py", "Mask(left, right, self.cu_seqlens)", "Mask(left, right)", RING),
+        "validate.py", "Mask(left, right, cu_q)", "Mask(left, right)", RING),
     "the window is one token too wide": Mutant(
-        "parallel/mask.py", "(shift + self.right) // step", "(shift + self.right + 1) // step", f"{COVERAGE}[contiguous-1]"),
+        "parallel/mask.py", "(shift + hi) // step", "(shift + hi + 1) // step", f"{COVERAGE}[contiguous-1]"),
     "the left side of the window is dropped": Mutant(
-        "parallel/mask.py", "lo = -far if self.left is None else -((self.left - shift) // step)", "lo = -far",
+        "parallel/mask.py", "max(-((-shift - lo) // step), -far)", "-far",
         f"{COVERAGE}[contiguous-1]"),
     "a band of stripes is rounded down on both sides": Mutant(
-        "parallel/mask.py", "-((self.left - shift) // step)", "(shift - self.left) // step", f"{COVERAGE}[striped-2]"),
+        "parallel/mask.py", "-((-shift - lo) // step)", "(shift + lo) // step", f"{COVERAGE}[striped-2]"),
     "causal is top-left aligned": Mutant(
-        "parallel/mask.py", "range(n - m, n), range(n)", "range(m), range(n)",
+        "parallel/mask.py", "shift = (k1 - k0) - (q1 - q0)", "shift = 0",
         "parallel/test_mask.py::test_causal_is_bottom_right_aligned"),
     "a tile's band is not moved when it is cropped": Mutant(
-        "parallel/mask.py", "Band(band.lo - j0 + i0, band.hi - j0 + i0)", "band", f"{COVERAGE}[contiguous-3]"),
+        "tile.py", "Band(lo - j0 + i0, hi - j0 + i0)", "self.band", f"{COVERAGE}[contiguous-3]"),
     "a hop's tiles are dropped from the plan": Mutant(
-        "parallel/plan.py", "tiles(layout[rank], layout[at[t][rank]], mask),",
-        "tiles(layout[rank], layout[at[t][rank]], mask if t != 1 else Mask(0, 0, mask.documents)),",
-        f"{COVERAGE}[zigzag-2]"),
+        "parallel/plan.py", "if ways.needed(rank, owner) else", "if ways.needed(rank, owner) and now != 1 else", f"{COVERAGE}[zigzag-2]"),
     "the hop between hosts sets out too late": Mutant(
         "parallel/plan.py", "t - (per_node if t % per_node == 0 else 1)", "t",
         "parallel/test_plan.py::test_owner_tables_are_permutations_that_start_at_home"),
     "a gradient goes where its block came from": Mutant(
-        "parallel/plan.py", "hop(t, (t + 1) % len(at)),", "hop(t, (t - 1) % len(at)),",
-        "parallel/test_plan.py::test_a_gradient_comes_home_with_a_part_of_every_rank"),
+        "parallel/plan.py", "else self.where[now + 1][block]", "else self.where[now - 1][block]",
+        "parallel/test_plan.py::test_a_gradient_comes_home_with_one_part_of_every_rank_that_keeps_something[3]"),
+    "a block is passed on by a rank that skipped it": Mutant(
+        "parallel/plan.py", "return holder if self.needed(holder, block) else block", "return holder",
+        "parallel/test_plan.py::test_a_block_comes_once_to_whoever_keeps_something_of_it_and_to_nobody_else[4]"),
+    "a block is sent to a rank that skips it": Mutant(
+        "parallel/plan.py", "giver(block) == self.rank and self.needed(after, block) else", "giver(block) == self.rank else",
+        "parallel/test_plan.py::test_what_a_rank_sends_is_what_its_receiver_expects_and_nobody_waits_in_a_circle[4]"),
+    "a rank that needs one block is taken to need no other": Mutant(
+        "parallel/mask.py", "if found[rank] == everyone:", "if found[rank]:",
+        "parallel/test_plan.py::test_who_needs_whom_is_what_the_tiles_say"),
+    "causal slices are top-left aligned": Mutant(
+        "parallel/slices.py", "hi = n - m", "hi = 0", "parallel/test_slices.py::test_each_kind_is_aligned_as_documented"),
+    "the sweep over slices forgets those that began before": Mutant(
+        "parallel/slices.py", "(kv.start - widest, 0)", "(kv.start, 0)",
+        "parallel/test_slices.py::test_slices_are_refused_if_and_only_if_two_of_them_keep_one_pair"),
+    "the mask of a call is dropped": Mutant(
+        "validate.py", "    _check_slices(mask, cu_q, cu_k)\n    return mask", "    return Mask(left, right, cu_q)", RING),
+    "balanced counts tokens for work": Mutant(
+        "parallel/layout.py", "+= kept(run)", "+= len(run.span)",
+        "parallel/test_sequence.py::test_balanced_shares_out_the_work_of_the_mask_it_is_given"),
     # merge, ring, autograd
     "what an empty part holds leaks through a product with 0": Mutant(
         "parallel/merge.py", "torch.where(seen, share * out, 0.0)", "share * out", MERGE),
@@ -93,19 +109,21 @@ MUTANTS = {
     "a visit is skipped": Mutant(
         "parallel/ring.py", "if visit.tiles or visit.step == last:", "if visit.step in (0, last):", RING),
     "keys and values of a message are swapped": Mutant(
-        "parallel/ring.py", "k, v = following.receive()", "v, k = following.receive()", RING),
+        "parallel/ring.py", "[(message, (k, v))] = ", "[(message, (v, k))] = ", RING),
     "backward reads the first hop's keys": Mutant(
         "parallel/ring.py", "dout, q, k_t, v_t, lse, delta", "dout, q, k, v, lse, delta", f"{SCHEME}[zigzag-ring-2]"),
     "a rank replaces the gradients that arrive by its own": Mutant(
-        "parallel/ring.py", "theirs.add_(ours)", "theirs.copy_(ours)", RING),
+        "parallel/ring.py", "x.add_(y)", "x.copy_(y)", RING),
+    "a gradient that comes home replaces what stayed there": Mutant(
+        "parallel/ring.py", "_added(arrived[home.ours][1], self.ours)", "arrived[home.ours][1]", f"{SCHEME}[contiguous-ring-4]"),
     "outputs are rounded at every hop": Mutant(
         "parallel/ring.py", "dtype=q.dtype if visit.step == last else None)", "dtype=q.dtype)", FP32),
     "dq is rounded at every hop": Mutant(
         "parallel/ring.py", "dq_dtype=q.dtype if visit.step == last else None", "dq_dtype=q.dtype", FP32),
     "gradients travel in 16 bits": Mutant(
-        "parallel/ring.py", "dkv_dtype=None if last else dkv_dtype", "dkv_dtype=dkv_dtype", FP32),
+        "parallel/ring.py", "dkv_dtype=dkv_dtype if alone else None", "dkv_dtype=dkv_dtype", FP32),
     "messages of every hop are kept": Mutant(
-        "parallel/ring.py", "coming.pop(visit.step + 1, None)", "coming.get(visit.step + 1)",
+        "parallel/ring.py", "coming.pop(step).receive()", "(held := [*(held if step > 1 else ()), coming.pop(step)])[-1].receive()",
         "parallel/test_ring.py::test_a_ring_holds_two_messages_at_a_time_whatever_the_number_of_ranks[5]"),
     "delta is missing": Mutant(
         "parallel/autograd.py", "scheme.kernel.delta(out, dout)", "scheme.kernel.delta(out, dout) * 0", RING),
@@ -162,7 +180,8 @@ MUTANTS = {
         "kernels/test_eager.py::test_running_results_are_merged_and_running_gradients_added"),
     # the call
     "the window is dropped at the door": Mutant(
-        "api.py", "window(causal, window_size)", "window(causal, (-1, -1))", "test_api.py::test_a_window_is_never_dropped_by_any_scheme"),
+        "validate.py", "left, right = window(causal, window_size)", "left, right = window(causal, (-1, -1))",
+        "test_api.py::test_a_window_is_never_dropped_by_any_scheme"),
     "softcap is accepted and ignored": Mutant(
         "api.py", "refuse(softcap=(softcap, 0.0), ", "refuse(", BAD_CALL),
     "the user's scale is ignored": Mutant(

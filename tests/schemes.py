@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import distflash
+from distflash.parallel.slices import Slices
 from distflash.testing import Attention, keep_mask, oracle, spmd
 
 
@@ -36,10 +37,12 @@ class Call(NamedTuple):
     documents: tuple[int, ...] | None = None
     kernel: str = "auto"
     scale: float | None = None
+    mask: Slices | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "window_size": self.window_size, "kernel": self.kernel, "softmax_scale": self.scale}
+        window = {"causal": self.causal, "window_size": self.window_size}
+        return window | {"kernel": self.kernel, "softmax_scale": self.scale, "mask": self.mask}
 
 
 def inputs(
@@ -52,7 +55,7 @@ def inputs(
 
 
 def keep_of(call: Call, tokens: int) -> Tensor:
-    return keep_mask(tokens, tokens, causal=call.causal, window_size=call.window_size, cu_seqlens_q=call.documents)
+    return keep_mask(tokens, tokens, causal=call.causal, window_size=call.window_size, cu_seqlens_q=call.documents, mask=call.mask)
 
 
 def truth_of(call: Call, x: Inputs, dtype: torch.dtype = torch.float64) -> Attention:

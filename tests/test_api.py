@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import distflash
+from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalWire
 from distflash.testing import Attention, check, errors, keep_mask, oracle, spmd
 from tests.schemes import inputs
@@ -22,6 +23,7 @@ def made(tokens=S, heads=4, dim=8, dtype=torch.float32, batch=2, device="cpu"):
 
 
 Q, K = made(), made(heads=2)
+HALVES = Slices.documents([0, 6, S])
 HALF = made(heads=2, dtype=torch.float16)
 
 
@@ -63,7 +65,10 @@ BAD_CALLS = {
     "sinks that are integers": ((Q, K, K), {"sinks": torch.ones(4, dtype=torch.long)}, TypeError, ["floating-point", "int64"]),
     "a sink that is a number": ((Q, K, K), {"sinks": 1.0}, TypeError, ["floating-point tensor", "float"]),
     "dropout": ((Q, K, K), {"dropout_p": 0.1}, NotImplementedError, ["dropout_p=0.1", "only 0.0"]),
-    "a mask": ((Q, K, K), {"mask": torch.ones(S, S)}, NotImplementedError, ["mask=a tensor of shape (12, 12)", "only None"]),
+    "a mask that is a tensor": ((Q, K, K), {"mask": torch.ones(S, S)}, TypeError, ["distflash.Slices", "Tensor", "from_block_mask"]),
+    "a mask and causal": ((Q, K, K), {"mask": HALVES, "causal": True}, ValueError, ["Slices(2 slices", "causal=True", "leave"]),
+    "a mask and a window": ((Q, K, K), {"mask": HALVES, "window_size": (3, 0)}, ValueError, ["(3, 0)", "kind 'causal' or 'band'"]),
+    "a mask past the end": ((Q, K, K), {"mask": Slices([((0, 4), (0, 40))])}, ValueError, ["slice 0", "k=(0, 40)", "keys", "cut it"]),
 }
 # only without a sequence: documents are the sequence's otherwise
 BAD_DOCUMENTS = {
@@ -83,6 +88,9 @@ BAD_DOCUMENTS = {
     "keys alone": ((Q, K, K), {"cu_seqlens_k": cu(0, S)}, ValueError, ["cu_seqlens_k was given without cu_seqlens_q"]),
     "unequal numbers": (
         (Q, K, K), {"cu_seqlens_q": cu(0, S), "cu_seqlens_k": cu(0, 5, S)}, ValueError, ["as many documents", "1 and 2"],
+    ),
+    "a slice across documents": (
+        (Q, K, K), {"cu_seqlens_q": cu(0, 5, S), "mask": HALVES}, ValueError, ["slice 0", "crosses a border of documents", "cut it there"],
     ),
     "no tokens at all": ((Q[:, :0], K, K), {}, ValueError, ["at least one query and one key", "0 and 12"]),
     "no keys": ((Q, K[:, :0], K[:, :0]), {}, ValueError, ["at least one query and one key", "12 and 0"]),
@@ -113,6 +121,12 @@ BAD_SEQUENCES = {
     "a length that is a bool": ({"length": True}, ValueError, ["length=True", "positive integer"]),
     "borders that fall": ({"cu_seqlens": [0, 5, 3]}, ValueError, ["never decrease", "3 after 5"]),
     "borders of floats": ({"cu_seqlens": [0, 2.5]}, TypeError, ["cu_seqlens", "2.5"]),
+    "a mask that the layout does not look at": (
+        {"length": S, "mask": HALVES},
+        ValueError,
+        ["'zigzag'", "layout='balanced'", "attention()"],
+    ),
+    "a mask that is no mask": ({"length": S, "mask": [((0, 4), (0, 4))]}, TypeError, ["distflash.Slices", "list"]),
     "borders without tokens": ({"cu_seqlens": [0, 0]}, ValueError, ["ends at 0"]),
 }
 

@@ -47,8 +47,9 @@ def test_work_is_counted_exactly_and_adds_up_over_ranks():
 
 
 @pytest.mark.parametrize("order", ["ring", "all_gather", "double_ring"])
+@pytest.mark.parametrize("window", [(-1, -1), (70, 0)])
 @pytest.mark.parametrize("ulysses, heads, kv_heads", [(1, 4, 2), (2, 4, 2), (2, 12, 6), (4, 8, 2), (4, 12, 12), (2, 6, 3)])
-def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, ulysses, heads, kv_heads, monkeypatch):
+def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, window, ulysses, heads, kv_heads, monkeypatch):
     """Sizes are such that no tensor needs padding inside a message."""
     sent, where = Counter(), threading.local()
     exchange = LocalWire.exchange
@@ -60,17 +61,34 @@ def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, ulysses, heads, k
     monkeypatch.setattr(LocalWire, "exchange", counted)
 
     def work(group):
-        seq = distflash.SequenceParallel(group, order=order, ulysses=ulysses).sequence(S)
+        seq = distflash.SequenceParallel(group, layout="balanced", order=order, ulysses=ulysses).sequence(S)
         q, k, v = (torch.randn(1, seq.local_length, h, 32).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads))
         where.phase = "forward"
-        out = distflash.attention(q, k, v, seq, causal=True)
+        out = distflash.attention(q, k, v, seq, causal=True, window_size=window)
         where.phase = "backward"
         out.sum().backward()
-        return distflash.explain(q.shape, k.shape, seq, causal=True)
+        return distflash.explain(q.shape, k.shape, seq, causal=True, window_size=window)
 
     for rank, found in enumerate(spmd(4, work, per_node=2)):
         expected = sent[rank, "forward"], sent[rank, "backward"]
         assert (found.forward_bytes, found.backward_bytes) == expected, f"rank {rank}"
+
+
+def test_it_says_how_much_the_mask_keeps_and_which_steps_are_left_out():
+    mask = distflash.Slices.sinks_and_window(64, 2, 10)
+    alone = distflash.explain((1, 64, 2, 8), (1, 64, 2, 8), mask=mask, device="cpu")
+    assert (alone.pairs_kept, alone.pairs) == (mask.area, 64 * 64)
+    assert f"keeps {mask.area} of 4096 pairs of a query and a key, {mask.area / 4096:.2%}" in str(alone)
+
+    def work(group, **options):
+        seq = distflash.SequenceParallel(group, layout="contiguous").sequence(64)
+        return distflash.explain((1, 8, 2, 8), (1, 8, 2, 8), seq, **options)
+
+    found = spmd(8, lambda group: work(group, mask=mask))
+    assert sum(one.pairs_kept for one in found) == mask.area and {one.pairs for one in found} == {8 * 64}
+    assert [one.busy_visits for one in found] == [1, 2, 3, 4, 4, 4, 4, 4]  # itself, two of the window, the sinks
+    window = spmd(8, lambda group: work(group, causal=True, window_size=(7, 0)))
+    assert [one.busy_visits for one in window] == [1, 2, 2, 2, 2, 2, 2, 2] and window[-1].forward_bytes == 0 < window[0].forward_bytes
 
 
 def test_what_the_call_would_refuse_it_refuses_too():
@@ -80,6 +98,8 @@ def test_what_the_call_would_refuse_it_refuses_too():
         distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), window_size=(1,))
     with pytest.raises(ValueError, match="multiple of key/value heads"):
         distflash.explain((1, 4, 3, 8), (1, 4, 2, 8))
+    with pytest.raises(ValueError, match="leave these out"):
+        distflash.explain((1, 4, 2, 8), (1, 4, 2, 8), causal=True, mask=distflash.Slices.prefix_lm(4, 2))
     with pytest.raises(ValueError, match="agree in batch and head_dim"):
         distflash.explain((1, 4, 2, 8), (1, 4, 2, 16))
 

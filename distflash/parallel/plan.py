@@ -1,17 +1,17 @@
 """When each block of keys and values moves, and what is computed on it. Integers only: no torch.
 
 Order    whose block each rank works on at each step, and the step at which that block sets out
-Visit    one block at one step: its tiles, the messages to start before computing, the way its gradient takes home
+Visit    one block at one step: its tiles, the messages to start before computing, how gradients move afterwards
 plan     layout x mask x order -> the visits of one rank; `ring` executes them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distflash.parallel.layout import Layout
-from distflash.parallel.mask import Mask, tiles
+from distflash.parallel.layout import Layout, lengths
+from distflash.parallel.mask import AnyMask, cut, meet, needs
 from distflash.tile import Tiles
 
 
@@ -49,44 +49,114 @@ ORDERS: dict[str, Callable[[int, int], Order]] = {"ring": ring, "all_gather": al
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange: the block we hold goes to `dest`; what `source` holds will be worked on at `step`."""
+    """One exchange of K and V, for what will be worked on at `step`: who gets what from us, who sends. None is no message."""
 
     step: int
-    dest: int
-    source: int
+    onward: int | None  # gets the block of this visit
+    own: int | None  # gets our own block, because the rank that would have passed it on does not need it
+    source: int | None  # sends the block of that step
+
+    @property
+    def busy(self) -> bool:
+        return any(peer is not None for peer in (self.onward, self.own, self.source))
+
+
+@dataclass(frozen=True)
+class Home:
+    """One exchange of gradients, after a visit: who gets what from us, who sends. None is no message."""
+
+    dest: int | None  # gets the gradient of this visit's block
+    source: int | None  # sends what it has of the gradient of the next step's block
+    ours: int | None  # sends what it has of our own block's gradient
+
+    @property
+    def busy(self) -> bool:
+        return any(peer is not None for peer in (self.dest, self.source, self.ours))
 
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """One block at one step. `hops` start before computing; `home` is where the block's gradient goes afterwards."""
+    """One block at one step. `hops` start before computing; `home` is how gradients move afterwards."""
 
     step: int
     owner: int  # the rank whose block this is
-    tiles: Tiles
+    tiles: Tiles  # empty where nothing is kept of the block: then it does not come
     hops: tuple[Hop, ...]
-    home: Hop  # the table wraps around, so the last hop ends at the owner
+    home: Home
 
 
-def plan(layout: Layout, mask: Mask, order: Order, rank: int) -> tuple[Visit, ...]:
-    """The visits of one rank, in order. Every allowed (query, key) pair is in exactly one tile of exactly one rank."""
-    at = [[row[t] for row in order.owner] for t in range(len(order.sent))]  # at[t][rank] = owner
-    where = [{owner: holder for holder, owner in enumerate(row)} for row in at]
+class _Ways:
+    """The ways of blocks and of their gradients: an order, without the ranks that need nothing of a block."""
 
-    def hop(now: int, then: int) -> Hop:
-        return Hop(then, where[then][at[now][rank]], where[now][at[then][rank]])
+    def __init__(self, order: Order, need: Sequence[int], rank: int):
+        self.need, self.rank = need, rank
+        self.at = list(zip(*order.owner, strict=True))  # at[t][rank] = owner
+        self.where = [{owner: holder for holder, owner in enumerate(row)} for row in self.at]
 
-    return tuple(
-        Visit(
-            t,
-            at[t][rank],
-            tiles(layout[rank], layout[at[t][rank]], mask),
-            tuple(hop(t, then) for then in range(1, len(at)) if order.sent[then] == t),
-            hop(t, (t + 1) % len(at)),
+    def needed(self, holder: int, block: int) -> bool:
+        return bool(self.need[holder] >> block & 1)
+
+    def hop(self, now: int, then: int) -> Hop:
+        """What we send and receive at step `now` for step `then`."""
+
+        def giver(block: int) -> int:
+            holder = self.where[now][block]
+            return holder if self.needed(holder, block) else block
+
+        def dest(block: int) -> int | None:
+            after = self.where[then][block]
+            return after if giver(block) == self.rank and self.needed(after, block) else None
+
+        here, coming = self.at[now][self.rank], self.at[then][self.rank]
+        own = dest(self.rank) if here != self.rank else None
+        return Hop(then, dest(here), own, giver(coming) if self.needed(self.rank, coming) else None)
+
+    def home(self, now: int) -> Home:
+        """The gradients that we send and receive after step `now`."""
+        last = now + 1 == len(self.at)
+
+        def heir(block: int) -> int:
+            after = block if last else self.where[now + 1][block]
+            return after if self.needed(after, block) else block
+
+        def holds(holder: int, block: int) -> bool:
+            return holder == block or self.needed(holder, block)
+
+        def source(block: int) -> int | None:
+            holder = self.where[now][block]
+            return holder if holder != self.rank and holds(holder, block) and heir(block) == self.rank else None
+
+        here = self.at[now][self.rank]
+        dest = heir(here) if holds(self.rank, here) else self.rank
+        return Home(
+            None if dest == self.rank else dest,
+            None if last else source(self.at[now + 1][self.rank]),
+            source(self.rank),
         )
-        for t in range(len(at))
-    )
+
+
+def plan(layout: Layout, mask: AnyMask, order: Order, rank: int) -> tuple[Visit, ...]:
+    """The visits of one rank, in order. Every allowed (query, key) pair is in exactly one tile of exactly one rank.
+
+    The order says who would work on a block at which step; ranks that keep nothing of it are left out. A block comes from the
+    rank that works on it when it sets out, or straight from its owner if that rank does not need it; a gradient is passed on
+    to the rank that adds to it at the next step, or straight to its owner. So nobody holds a block longer than the order does,
+    and messages are posted by step on both sides, so that no two ranks wait for each other. A step at which a rank neither
+    computes nor exchanges anything is no visit of its plan; step 0, on the own block, always is.
+    """
+    ways, tokens = _Ways(order, needs(layout, mask), rank), lengths(layout)
+    rows = cut(layout[rank], mask.pieces)
+    visits = []
+    for now, row in enumerate(ways.at):
+        owner = row[rank]
+        found = meet(rows, layout[owner], tokens[rank]) if ways.needed(rank, owner) else Tiles((), tokens[rank], tokens[owner])
+        hops = (ways.hop(now, then) for then in range(1, len(ways.at)) if order.sent[then] == now)
+        visit = Visit(now, owner, found, tuple(hop for hop in hops if hop.busy), ways.home(now))
+        if now == 0 or visit.tiles or visit.hops or visit.home.busy:
+            visits.append(visit)
+    return tuple(visits)
 
 
 def alone(tiles: Tiles) -> tuple[Visit, ...]:
     """The plan of one device: one visit, nobody to talk to."""
-    return (Visit(0, 0, tiles, (), Hop(0, 0, 0)),)
+    return (Visit(0, 0, tiles, (), Home(None, None, None)),)

@@ -3,8 +3,9 @@
 Legend: B batch, T local tokens, H query heads, Hk key/value heads, D head dim, Dv value head dim.
 
 Blocks of K and V travel as one message. While one is worked on, those that the plan sends early are under way: two are alive at
-a time in a ring, whatever the number of ranks. References are the buffer pool: a block is freed when its computation is enqueued
-and its messages are waited on, and the allocator hands the same memory to the next.
+a time in a ring, whatever the number of ranks, and a copy of our own where it is sent past ranks that do not need it. References
+are the buffer pool: a block is freed when its computation is enqueued and its messages are waited on, and the allocator hands the
+same memory to the next.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distflash.kernels.base import Kernel, Partial
-from distflash.parallel.plan import Visit
+from distflash.kernels.base import Kernel, Partial, accumulator
+from distflash.parallel.plan import Home, Hop, Visit
 from distflash.parallel.wire.base import Form, Pending, Wire, empty, pack, unpack
 
 
 def forward(visits: Sequence[Visit], wire: Wire, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
     """Local queries against every block of the plan: out [B, T, H, Dv] in q.dtype, lse [B, H, T]."""
-    last = len(visits) - 1
+    last = _last(visits)
     acc = None  # (out, lse) over the keys seen so far, in the accumulator's dtype until the last visit
     for visit, k_t, v_t in travel(visits, wire, k, v):
         if visit.tiles or visit.step == last:
@@ -50,68 +51,120 @@ def backward(
     With the *global* lse and delta each block's gradient is independent (Ring Attention with FlashAttention-2, arXiv:2307.08691,
     Algorithm 2): dq adds up here, dk and dv ride home with their block, each rank adding its part.
     """
-    last = len(visits) - 1
+    last = _last(visits)
+    gradients = _Gradients(visits, wire, k, v)
+    alone = not any(visit.home.busy for visit in visits)  # what step 0 computes is all of our block's gradient
     dq: Tensor | None = None
-    homeward: _Coming | None = None
-    grads: list[Tensor] = []  # dk, dv of a visit; none where nothing is kept of its block
     for visit, k_t, v_t in travel(visits, wire, k, v):
+        grads: list[Tensor] = []  # dk, dv of a visit; none where nothing is kept of its block
         if visit.tiles or visit.step in (0, last):
             dq, *grads = kernel.backward(
                 dout, q, k_t, v_t, lse, delta, visit.tiles, scale,
-                dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=None if last else dkv_dtype,
+                dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=dkv_dtype if alone else None,
             )  # fmt: skip
-        if not last:  # one device: nobody adds to them
-            break
-        homeward = _send_home(visits, visit, wire, grads, homeward)
-        grads = []
-        del k_t, v_t  # the next buffers are allocated before these names are bound again
+        gradients.move(visit, grads)
+        del k_t, v_t, grads  # the next buffers are allocated before these names are bound again
     assert dq is not None
-    if homeward is not None:
-        grads = [x.to(dkv_dtype, copy=True) for x in homeward.receive()]  # two tensors, not views of a message
-    dk, dv = grads
+    dk, dv = (x.to(dkv_dtype, copy=not alone) for x in gradients.home())  # two tensors, not views of a message
     return dq, dk, dv
 
 
-class _Coming:
-    """A message under way, and how to read it."""
-
-    def __init__(self, pending: Pending, message: Tensor, forms: Sequence[Form]):
-        self.pending, self.message, self.forms = pending, message, forms
-
-    def receive(self) -> list[Tensor]:
-        self.pending.wait()
-        return unpack(self.message, self.forms)
-
-
 def travel(visits: Sequence[Visit], wire: Wire, k: Tensor, v: Tensor) -> Iterator[tuple[Visit, Tensor, Tensor]]:
-    """Yield (visit, k, v); every block that the plan sends early is already under way while the caller computes."""
-    message = pack((k, v)) if any(visit.hops for visit in visits) else None
-    coming: dict[int, _Coming] = {}
+    """Yield (visit, k, v); every block that the plan sends early is already under way while the caller computes.
+
+    The block of a visit without tiles does not come, but for our own at step 0: its k and v are not to be read.
+    """
+    own, tokens = (k, v), {visit.step: visit.tiles.kv_len for visit in visits}
+    message = pack(own) if any(hop.onward is not None for hop in visits[0].hops) else None
+    coming: dict[int, _Exchange] = {}
     for visit in visits:
+        for step in [step for step in coming if step <= visit.step]:
+            arrived = coming.pop(step).receive()
+            if arrived:  # the block of this visit; an exchange that only sends brings none
+                [(message, (k, v))] = arrived.values()
+            del arrived
         for hop in visit.hops:
-            assert message is not None
-            forms = _forms(visits[hop.step], k, v)
-            arriving = empty(forms, k.device)
-            coming[hop.step] = _Coming(wire.exchange({hop.dest: message}, {hop.source: arriving}), arriving, forms)
+            forms = {} if hop.source is None else {hop.source: _forms(tokens[hop.step], k, v, k.dtype)}
+            coming[hop.step] = _Exchange(wire, _sends(hop, message, own), forms, k.device)
         yield visit, k, v
-        if following := coming.pop(visit.step + 1, None):
-            k, v = following.receive()
-            message = following.message
+    for exchange in coming.values():
+        exchange.receive()
 
 
-def _send_home(visits: Sequence[Visit], visit: Visit, wire: Wire, grads: Sequence[Tensor], homeward: _Coming | None) -> _Coming:
-    """Add our part to the gradient of the block we hold, pass it on, and expect that of the block we hold next."""
-    if homeward is None:
-        message, held = pack(grads), grads
-    else:
-        message, held = homeward.message, homeward.receive()
-        for theirs, ours in zip(held, grads, strict=False):  # no gradient of ours: theirs goes on as it is
-            theirs.add_(ours)
-    forms = _forms(visits[visit.home.step], *held)
-    arriving = empty(forms, message.device)
-    return _Coming(wire.exchange({visit.home.dest: message}, {visit.home.source: arriving}), arriving, forms)
+class _Exchange:
+    """Messages under way, and how to read those that come."""
+
+    def __init__(self, wire: Wire, sends: dict[int, Tensor], forms: dict[int, list[Form]], device: torch.device):
+        self.forms, self.messages = forms, {source: empty(form, device) for source, form in forms.items()}
+        self.pending: Pending = wire.exchange(sends, self.messages)
+
+    def receive(self) -> dict[int, tuple[Tensor, list[Tensor]]]:
+        """By source: the message, and views of the tensors inside."""
+        self.pending.wait()
+        return {source: (message, unpack(message, self.forms[source])) for source, message in self.messages.items()}
 
 
-def _forms(visit: Visit, k: Tensor, v: Tensor) -> list[Form]:
-    """Shapes and dtypes of the block of a visit: like (k, v), with its owner's number of tokens."""
-    return [((x.shape[0], visit.tiles.kv_len, *x.shape[2:]), x.dtype) for x in (k, v)]
+class _Gradients:
+    """dk and dv of blocks, under way: those of the block at hand are passed on, those of our own block meet here."""
+
+    def __init__(self, visits: Sequence[Visit], wire: Wire, k: Tensor, v: Tensor):
+        self.wire, self.like, self.wide = wire, (k, v), accumulator(k.dtype)
+        self.tokens = {visit.step: visit.tiles.kv_len for visit in visits}
+        self.coming: tuple[Home, _Exchange] | None = None
+        self.ours: list[Tensor] = []
+
+    def move(self, visit: Visit, grads: list[Tensor]) -> None:
+        """Join our part with what has arrived, pass it on, expect what comes before the next visit."""
+        message, grads = self._arrived(grads)
+        if visit.step == 0 and visit.home.dest is None:
+            self.ours = grads
+        sends = {} if visit.home.dest is None else {visit.home.dest: pack(grads) if message is None else message}
+        expected = ((visit.home.source, visit.step + 1), (visit.home.ours, 0))
+        forms = {source: _forms(self.tokens[step], *self.like, self.wide) for source, step in expected if source is not None}
+        if visit.home.busy:
+            self.coming = visit.home, _Exchange(self.wire, sends, forms, self.like[0].device)
+
+    def home(self) -> list[Tensor]:
+        """The sum of all that came home of our own block's gradient."""
+        self._arrived([])
+        return self.ours
+
+    def _arrived(self, grads: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """(message that holds them or None, dk and dv) of the block at hand, our part added; what came home joins the rest."""
+        if self.coming is None:
+            return None, grads
+        home, exchange = self.coming
+        self.coming, arrived = None, exchange.receive()
+        if home.ours is not None:
+            self.ours = _added(arrived[home.ours][1], self.ours)
+        if home.source is None:
+            return None, grads
+        message, theirs = arrived[home.source]
+        return message, _added(theirs, grads)
+
+
+def _added(theirs: list[Tensor], ours: list[Tensor]) -> list[Tensor]:
+    """Ours added to theirs in place; nothing of ours leaves theirs as they are."""
+    for x, y in zip(theirs, ours, strict=False):
+        x.add_(y)
+    return theirs
+
+
+def _sends(hop: Hop, message: Tensor | None, own: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
+    sends = {}
+    if hop.onward is not None:
+        assert message is not None
+        sends[hop.onward] = message
+    if hop.own is not None:
+        sends[hop.own] = pack(own)
+    return sends
+
+
+def _forms(tokens: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> list[Form]:
+    """What travels of a block with that many tokens: like (k, v)."""
+    return [((x.shape[0], tokens, *x.shape[2:]), dtype) for x in (k, v)]
+
+
+def _last(visits: Sequence[Visit]) -> int:
+    """The last step at which something is kept: what is finished there is cast."""
+    return max((visit.step for visit in visits if visit.tiles), default=0)

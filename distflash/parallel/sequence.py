@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distflash.kernels.base import Kernel
 from distflash.parallel.autograd import Scheme
-from distflash.parallel.layout import LAYOUTS, Layout, gathered, lengths, split
-from distflash.parallel.mask import Mask
+from distflash.parallel.layout import LAYOUTS, Layout, balanced, gathered, lengths, split
+from distflash.parallel.mask import AnyMask
 from distflash.parallel.plan import ORDERS, Visit, plan
+from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Ulysses, head_shards
 from distflash.parallel.wire.base import Wire
 from distflash.parallel.wire.local import LocalGroup, LocalWire
@@ -34,7 +35,8 @@ class SequenceParallel:
     Args:
         group: None (all ranks; one device if torch.distributed is not initialised), a ProcessGroup, or a DeviceMesh: 1-D, or
             2-D with axes "ring" and "ulysses", Ulysses ranks adjacent.
-        layout: "contiguous", "zigzag" or "striped": which tokens a rank holds. "auto" is zigzag: equal causal work.
+        layout: "contiguous", "zigzag", "striped" or "balanced": which tokens a rank holds. "auto" is zigzag: equal causal work.
+            "balanced" deals out chunks by the work of the very documents or mask: equal work with the fewest pieces.
         order: "ring", "all_gather" or "double_ring": when blocks move. "auto" is a ring, double across several hosts.
         ulysses: ranks that share heads instead of tokens while attention runs; the ring takes the rest. "auto" is 1, or the
             "ulysses" axis of a 2-D mesh.
@@ -48,7 +50,7 @@ class SequenceParallel:
         self,
         group: Group | None = None,
         *,
-        layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto",
+        layout: Literal["auto", "contiguous", "zigzag", "striped", "balanced"] = "auto",
         order: Literal["auto", "ring", "all_gather", "double_ring"] = "auto",
         ulysses: int | Literal["auto"] = "auto",
         wire: Literal["auto", "p2p"] = "auto",
@@ -84,19 +86,28 @@ class SequenceParallel:
         """Where `indices` and `positions` live."""
         return self.wire.device
 
-    def sequence(self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None) -> ShardedSequence:
+    def sequence(
+        self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None, mask: Slices | None = None
+    ) -> ShardedSequence:
         """A sequence of `length` tokens, or packed documents with borders `cu_seqlens` (0, ..., S; int32 or int64, never falling).
 
-        Any length and any documents: nothing is padded, shards may be uneven or empty. Make it once a batch: layers share its
-        plan. Raises ValueError or TypeError on a length or borders that are not legal.
+        `mask` is what the layout "balanced" balances the work of, causal attention inside each document if none is given; it
+        masks nothing, `attention` is told its own. Any length and any documents: nothing is padded, shards may be uneven or
+        empty. Make it once a batch: layers share its plan. Raises ValueError or TypeError on a length, borders or a mask that
+        are not legal, and on a mask for a layout that does not look at it.
         """
         if (length is None) == (cu_seqlens is None):
             raise TypeError("sequence() takes either length or cu_seqlens: give one of them")
-        if cu_seqlens is None:
-            if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-                raise ValueError(f"length={length!r} must be a positive integer")
-            return ShardedSequence(self, (0, length))
-        return ShardedSequence(self, borders(cu_seqlens))
+        cu = _one_document(length) if cu_seqlens is None else borders(cu_seqlens)
+        if mask is not None:
+            if not isinstance(mask, Slices):
+                raise TypeError(f"mask must be distflash.Slices, got {type(mask).__name__}")
+            if self.layout != "balanced":
+                raise ValueError(
+                    f"the layout {self.layout!r} does not look at a mask: use layout='balanced', or give it to attention() only"
+                )
+            mask.check(cu, cu)
+        return ShardedSequence(self, cu, mask)
 
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire.name})"
@@ -105,14 +116,15 @@ class SequenceParallel:
 class ShardedSequence:
     """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view."""
 
-    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...]):
+    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None):
         self.sp, self.cu_seqlens = sp, cu_seqlens
         self.length = cu_seqlens[-1]
-        ring_layout = LAYOUTS[sp.layout](cu_seqlens, sp.ring_wire.size)
+        ranks = sp.ring_wire.size
+        ring_layout = LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask)
         self.layout: Layout = split(ring_layout, sp.ulysses)
         self.lengths = lengths(self.layout)  # tokens of each rank
         self.local_length = self.lengths[sp.rank]
-        self._plans: dict[Mask, tuple[Visit, ...]] = {}
+        self._plans: dict[AnyMask, tuple[Visit, ...]] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._schemes: dict[tuple, Scheme] = {}
 
@@ -156,18 +168,18 @@ class ShardedSequence:
             raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {tuple(x_local.shape)}")
         return _Unshard.apply(x_local, self, dim % x_local.dim())
 
-    def scheme(self, left: int | None, right: int | None, kernel: Kernel, scale: float, heads: int, kv_heads: int) -> Scheme:
+    def scheme(self, mask: AnyMask, kernel: Kernel, scale: float, heads: int, kv_heads: int) -> Scheme:
         """How attention over this sequence is carried out; made once and shared by all layers.
 
         Raises ValueError if the heads cannot be dealt out to the ranks of a Ulysses group.
         """
-        key = (left, right, kernel, scale, heads, kv_heads)
+        key = (mask, kernel, scale, heads, kv_heads)
         if key not in self._schemes:
             ulysses, sp = self.head_exchange(heads, kv_heads), self.sp
-            self._schemes[key] = Scheme(self.visits(Mask(left, right, self.cu_seqlens)), sp.ring_wire, ulysses, kernel, scale)
+            self._schemes[key] = Scheme(self.visits(mask), sp.ring_wire, ulysses, kernel, scale)
         return self._schemes[key]
 
-    def visits(self, mask: Mask) -> tuple[Visit, ...]:
+    def visits(self, mask: AnyMask) -> tuple[Visit, ...]:
         """The plan of this rank's ring for a mask."""
         if mask not in self._plans:
             outer = gathered(self.layout, self.sp.ulysses)
@@ -219,6 +231,12 @@ def _swap(wire: Wire, outgoing: Sequence[Tensor], room) -> list[Tensor]:
     as_bytes = {r: x.view(-1).view(torch.uint8) for r, x in arriving.items()}
     wire.exchange({r: outgoing[r].contiguous().view(-1).view(torch.uint8) for r in others}, as_bytes).wait()
     return [arriving.get(r, outgoing[r]) for r in range(wire.size)]
+
+
+def _one_document(length: object) -> tuple[int, int]:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length={length!r} must be a positive integer")
+    return 0, length
 
 
 def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ def verify(monkeypatch):
 def test_right_results_pass_and_every_scheme_is_tried(verify):
     result = verify(*SMALL)
     assert result.exit_code == 0, result.output
-    assert "27 comparisons, 0 out of budget" in result.output  # 3 layouts x 3 orders x (P, U) of (1, 1), (2, 1), (2, 2)
+    assert "36 comparisons, 0 out of budget" in result.output  # 4 layouts x 3 orders x (P, U) of (1, 1), (2, 1), (2, 2)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])

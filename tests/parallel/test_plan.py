@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distflash.parallel.layout import LAYOUTS, Layout, gathered, lengths, split
-from distflash.parallel.mask import Mask
+from distflash.parallel.mask import Mask, needs, tiles
 from distflash.parallel.plan import ORDERS, Order, Visit, alone, plan
+from distflash.parallel.slices import Slices
 from distflash.tile import Band, Tile, Tiles
 
 RANKS = (1, 2, 3, 4, 6, 8)
@@ -135,46 +137,135 @@ def test_owner_tables_are_permutations_that_start_at_home(ranks):
         assert all(0 <= order.sent[t] < t for t in range(1, ranks)), f"{name}: a block sets out after it is needed"
 
 
+TRAFFIC = {  # what is needed of whom: everything, the lower half, neighbours, scattered documents
+    "full": Mask(),
+    "causal": Mask(None, 0),
+    "window": Mask(9, 0),
+    "both sides": Mask(3, 12),
+    "documents": Mask(None, 0, (0, 3, 20, 20, 22, 41, S)),
+    "only far keys": Slices([((40, S), (0, 5), "full"), ((0, 4), (30, 38), "causal")]),
+    "nothing": Slices([]),
+}
+
+
 @pytest.mark.parametrize("ranks", RANKS)
-def test_what_a_rank_sends_at_a_step_is_what_its_receiver_expects_at_that_step(ranks):
-    for borders in ((0, 3), (0, S), (0, 7, 8, 8, 30, 31, S)):
+def test_what_a_rank_sends_is_what_its_receiver_expects_and_nobody_waits_in_a_circle(ranks):
+    for case, plans in _traffic(ranks):
+        sent, expected = _messages(plans)
+        assert sent == expected, f"{case}: messages do not match"
+        for posts in (*sent.values(), *expected.values()):
+            assert posts == sorted(posts), f"{case}: not in the order of steps: {posts}"
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_block_comes_once_to_whoever_keeps_something_of_it_and_to_nobody_else(ranks):
+    for case, plans in _traffic(ranks):
+        for rank, visits in enumerate(plans):
+            arrives = {hop.step: visits_of(visits)[hop.step].owner for visit in visits for hop in visit.hops if hop.source is not None}
+            busy = {visit.step: visit.owner for visit in visits if visit.tiles and visit.step}
+            assert arrives == busy, f"{case}: rank {rank} works on blocks {busy}, gets {arrives}"
+            for visit in visits:
+                passed_on = [hop for hop in visit.hops if hop.onward is not None]
+                assert not passed_on or visit.tiles or visit.step == 0, f"{case}: rank {rank} passes on what it does not hold: {visit}"
+                assert visit.step == 0 or visit.tiles or visit.hops or visit.home.busy, f"{case}: rank {rank}: an idle step"
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_gradient_comes_home_with_one_part_of_every_rank_that_keeps_something(ranks):
+    for case, plans in _traffic(ranks):
+        steps = max(visit.step for visits in plans for visit in visits) + 1
+        by_step = [visits_of(visits) for visits in plans]
+        carried: list[dict[int, Counter]] = [{} for _ in plans]  # by rank and owner: whose parts are in the gradient it holds
+        home = [Counter() for _ in plans]
+        for step in range(steps):
+            moved: list[dict[int, Counter]] = [{} for _ in plans]
+            for rank, visits in enumerate(by_step):
+                if step not in visits:
+                    assert not carried[rank], f"{case}: rank {rank} got a gradient that it does not work on"
+                    continue
+                visit = visits[step]
+                held = carried[rank].pop(visit.owner, Counter()) + Counter({rank: int(bool(visit.tiles) or step == 0)})
+                assert not carried[rank], f"{case}: rank {rank} got another block's gradient"
+                if visit.home.dest is not None:
+                    moved[visit.home.dest][visit.owner] = held
+                elif held:
+                    assert visit.owner == rank, f"{case}: rank {rank} keeps the gradient of another's block"
+                    home[rank] += held
+            for rank, arrived in enumerate(moved):
+                visit = by_step[rank].get(step)
+                wanted = set() if visit is None else {peer for peer in (visit.home.source, visit.home.ours) if peer is not None}
+                assert len(wanted) == len(arrived), f"{case}: rank {rank}, step {step}: {arrived}"
+                home[rank] += arrived.pop(rank, Counter())
+            carried = moved
+        for owner, parts in enumerate(home):
+            busy = {rank: 1 for rank, visits in enumerate(plans) if any(v.owner == owner and v.tiles for v in visits)}
+            assert parts == busy | {owner: 1}, f"{case}: block {owner} of {busy}: {parts}"
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_a_ring_without_holes_holds_two_blocks_and_any_ring_three(ranks):
+    """The block at hand, the next one under way and, where others skip it, a copy of the own one that is sent past them."""
+    for case, plans in _traffic(ranks, ("ring",)):
+        for rank, visits in enumerate(plans):
+            for visit in visits:
+                under_way = [hop for hop in visit.hops if hop.source is not None]
+                assert len(visit.hops) <= 1 and all(hop.step == visit.step + 1 for hop in under_way), f"{case}: rank {rank}: {visit}"
+
+
+def test_a_window_over_contiguous_shards_meets_neighbours_only():
+    for ranks in (2, 8, 64):
+        layout = LAYOUTS["contiguous"]((0, 16 * ranks), ranks)
+        for rank, visits in enumerate(plans_of(layout, Mask(20, 0), ORDERS["ring"](ranks, 1))):
+            received = {visits_of(visits)[hop.step].owner for visit in visits for hop in visit.hops if hop.source is not None}
+            assert received == {rank - 1, rank - 2} & set(range(ranks)), f"rank {rank} of {ranks} gets blocks of {received}"
+
+
+def test_who_needs_whom_is_what_the_tiles_say():
+    masks = TRAFFIC | {"stripes": Mask(1, 0), "far": Mask(30, 0, (0, 25, S))}
+    for name, layout in LAYOUTS.items():
+        for ranks in RANKS:
+            for case, mask in masks.items():
+                spans = layout(mask.documents or (0, S) if isinstance(mask, Mask) else (0, S), ranks)
+                expected = [sum(1 << owner for owner in range(ranks) if tiles(spans[rank], spans[owner], mask)) for rank in range(ranks)]
+                assert needs(spans, mask) == expected, f"{name}, P={ranks}, {case}"
+
+
+def _traffic(ranks: int, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, list[tuple[Visit, ...]]]]:
+    for mask_name, mask in TRAFFIC.items():
         for layout in LAYOUTS:
-            for name, order in orders(ranks).items():
-                _simulate(plans_of(LAYOUTS[layout](borders, ranks), Mask(None, 0, borders), order), f"{layout}, {name}, P={ranks}")
+            for length in (3, S):
+                if length == S or (isinstance(mask, Mask) and mask.documents is None):
+                    borders = mask.documents if isinstance(mask, Mask) and mask.documents else (0, length)
+                    for name, order in orders(ranks).items():
+                        if names is None or name in names:
+                            case = f"{layout}, {name}, P={ranks}, S={length}, {mask_name}"
+                            yield case, plans_of(LAYOUTS[layout](borders, ranks), mask, order)
 
 
-def _simulate(plans: list[tuple[Visit, ...]], case: str) -> None:
-    """Post all messages of all ranks in program order; both ends of every pair must list the same ones in the same order."""
+def visits_of(visits: tuple[Visit, ...]) -> dict[int, Visit]:
+    return {visit.step: visit for visit in visits}
+
+
+def _messages(plans: list[tuple[Visit, ...]]) -> tuple[dict, dict]:
+    """By pair (from, to), in the order of posting: (step, kind, for which step, owner of the block); as sent, as expected."""
     sent, expected = defaultdict(list), defaultdict(list)
-    length = [visits[0].tiles.kv_len for visits in plans]
     for rank, visits in enumerate(plans):
-        last = len(visits) - 1
-        arrives = sorted(hop.step for visit in visits for hop in visit.hops)
-        assert arrives == list(range(1, last + 1)), f"{case}: rank {rank} gets blocks for steps {arrives}"
+        by_step = visits_of(visits)
         for visit in visits:
-            assert visit.tiles.kv_len == length[visit.owner], f"{case}: rank {rank}, step {visit.step}: wrong size"
             for hop in visit.hops:
-                assert visit.step < hop.step and rank not in (hop.dest, hop.source), f"{case}: rank {rank}: {hop}"
-                sent[rank, hop.dest].append(("kv", visit.step, visit.owner, length[visit.owner]))
-                expected[hop.source, rank].append(("kv", visit.step, visits[hop.step].owner, visits[hop.step].tiles.kv_len))
-            if last:
-                home = visit.home
-                sent[rank, home.dest].append(("grad", visit.step, visit.owner, length[visit.owner]))
-                expected[home.source, rank].append(("grad", visit.step, visits[home.step].owner, visits[home.step].tiles.kv_len))
-                assert home.step == (visit.step + 1) % len(visits), f"{case}: rank {rank}: {home}"
-    assert sent == expected, f"{case}: messages do not match"
-
-
-@pytest.mark.parametrize("ranks", RANKS[1:])
-def test_a_gradient_comes_home_with_a_part_of_every_rank(ranks):
-    for name, order in orders(ranks).items():
-        plans = plans_of(LAYOUTS["zigzag"]((0, S), ranks), Mask(), order)
-        carried = [(rank, frozenset()) for rank in range(ranks)]  # (whose gradient, parts in it) that each rank holds
-        for step in range(ranks):
-            added = [(owner, parts | {rank}) for rank, (owner, parts) in enumerate(carried)]
-            assert [owner for owner, _ in added] == [plans[rank][step].owner for rank in range(ranks)], f"{name}, step {step}"
-            carried = [added[plans[rank][step].home.source] for rank in range(ranks)]
-        assert carried == [(rank, frozenset(range(ranks))) for rank in range(ranks)], name
+                for dest, owner in ((hop.onward, visit.owner), (hop.own, rank)):
+                    if dest is not None:
+                        sent[rank, dest].append((visit.step, 0, hop.step, owner))
+                if hop.source is not None:
+                    expected[hop.source, rank].append((visit.step, 0, hop.step, by_step[hop.step].owner))
+            home = visit.home
+            if home.dest is not None:
+                sent[rank, home.dest].append((visit.step, 1, 0, visit.owner))
+            if home.source is not None:
+                expected[home.source, rank].append((visit.step, 1, 0, by_step[visit.step + 1].owner))
+            if home.ours is not None:
+                expected[home.ours, rank].append((visit.step, 1, 0, rank))
+    return sent, expected
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
@@ -194,7 +285,7 @@ def test_zigzag_gives_every_rank_the_same_causal_work_where_chunks_divide():
 
 def test_a_causal_ring_has_tiles_of_half_blocks_and_skips_what_is_masked():
     visits = plan(LAYOUTS["contiguous"]((0, 64), 4), Mask(None, 0), ORDERS["ring"](4, 1), 1)
-    assert [len(visit.tiles) for visit in visits] == [1, 1, 0, 0]
+    assert [(visit.step, len(visit.tiles)) for visit in visits] == [(0, 1), (1, 1), (2, 0)]  # at 2 our gradient comes home
     assert not visits[0].tiles.tiles[0].full and visits[1].tiles.tiles[0].full
 
 

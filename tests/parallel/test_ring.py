@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -14,17 +15,28 @@ from distflash.kernels import eager
 from distflash.parallel import ring
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
+from distflash.parallel.slices import Slices
+from distflash.parallel.wire.local import LocalWire
 from distflash.testing import Attention, check, dense, errors, keep_mask, oracle, spmd
 from tests.schemes import Call, Inputs, inputs, on_ranks, run_rank, run_sequence, truth_of, whole
 
 S = 37
 RAGGED = (0, 7, 8, 8, 30, S)  # one-token and empty documents, one that spans every rank
+SCATTERED = Slices([  # every kind, rows and keys that take no part, far keys that most ranks skip
+    ((30, S), (0, 7), "full"),
+    ((0, 9), (20, 36), "causal"),
+    ((9, 22), (4, 11), "inverse-causal"),
+    ((9, 29), (11, S), "band", (4, 2)),
+])  # fmt: skip
 MASKS = [
     {"causal": True},
     {"causal": False},
     {"causal": True, "documents": RAGGED},
     {"causal": True, "window_size": (5, 0)},
     {"window_size": (3, 2), "documents": RAGGED},
+    {"mask": Slices.prefix_lm(S, 11)},
+    {"mask": Slices.sinks_and_window(S, 3, 6)},
+    {"mask": SCATTERED},
 ]
 
 
@@ -187,6 +199,58 @@ def test_all_gather_holds_every_block_and_says_so(monkeypatch):
     assert live.peak == {torch.bfloat16: 4, torch.float32: 2}
 
 
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_where_ranks_skip_blocks_the_number_of_messages_stays_bounded(ranks, monkeypatch):
+    """Documents that begin and end anywhere: blocks come from their owners, gradients go straight home."""
+    live = LiveMessages(monkeypatch)
+    mask = Slices([((64 - 8 * n, 72 - 8 * n), (8 * n - 8, 8 * n), "full") for n in range(1, 9)])
+    x = inputs(64, dtype=torch.bfloat16)
+    call = Call("contiguous", "ring", mask=mask)
+    check(on_ranks(ranks, call, x), truth_of(call, x), truth_of(call, x, torch.bfloat16), torch.bfloat16)
+    assert live.peak[torch.bfloat16] <= 3 and live.peak[torch.float32] <= 3, live.peak
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes of all exchanges so far, by (from, to)."""
+    count, exchange = Counter(), LocalWire.exchange
+
+    def counted(wire, sends, recvs):
+        count.update({(wire.rank, dest): message.numel() for dest, message in sends.items()})
+        return exchange(wire, sends, recvs)
+
+    monkeypatch.setattr(LocalWire, "exchange", counted)
+    return count
+
+
+@pytest.mark.parametrize("order", ["ring", "all_gather"])
+@pytest.mark.parametrize("window, reach", [(15, 1), (17, 2)])
+def test_a_window_over_contiguous_shards_moves_blocks_between_neighbours_only(window, reach, order, traffic):
+    ranks, shard = 8, 16
+    x, call = inputs(ranks * shard, batch=1, heads=2, kv_heads=1), Call("contiguous", order, causal=True, window_size=(window, 0))
+    wanted = {(rank, rank + near) for rank in range(ranks) for near in range(1, reach + 1) if rank + near < ranks}
+
+    def forward(group):
+        seq = distflash.SequenceParallel(group, layout="contiguous", order=order).sequence(ranks * shard)
+        distflash.attention(*(seq.shard(t) for t in x[:3]), seq, **call.options)
+
+    spmd(ranks, forward)
+    block = 2 * shard * 8 * 8  # bytes of K and V, and of dK and dV, in fp64
+    assert set(traffic) == (wanted if order == "all_gather" else {(rank, rank + 1) for rank in range(ranks - 1)})
+    assert sum(traffic.values()) == block * len(wanted)
+    traffic.clear()
+    agree(ranks, call, x)
+    # K and V twice, and gradients, which pass the ranks that add to them and go home from the last
+    assert sum(traffic.values()) == block * (2 * len(wanted) + len(wanted) + ranks - 1)
+
+
+def test_documents_inside_shards_move_nothing(traffic):
+    agree(4, Call("contiguous", causal=True, documents=(0, 3, 8, 16, 20, 24, 32)), inputs(32))
+    assert not traffic
+    agree(4, Call("contiguous", causal=True, documents=(0, 3, 9, 16, 20, 24, 32)), inputs(32))
+    assert set(traffic) == {(0, 1), (1, 0)}, "K and V one way, their gradients the other"
+
+
 def test_a_block_that_is_masked_for_all_my_queries_does_not_touch_the_result():
     # what the skipped blocks hold is NaN: contiguous and causal, rank 0 must never read what later ranks hold
     x = inputs(32)
@@ -272,5 +336,4 @@ def test_the_kernel_is_not_asked_about_blocks_of_which_nothing_is_kept(monkeypat
         monkeypatch.setattr(eager.EagerKernel, name, counted)
     x, call = inputs(S), Call("contiguous", causal=True)
     agree(4, call, x)
-    # rank r keeps something of r + 1 blocks; the last visit is made whatever it keeps: it casts
-    assert asked.count("forward") == asked.count("backward") == 2 + 3 + 4 + 4
+    assert asked.count("forward") == asked.count("backward") == 1 + 2 + 3 + 4  # rank r keeps something of r + 1 blocks

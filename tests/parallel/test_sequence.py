@@ -9,6 +9,7 @@ import torch
 
 import distflash
 from distflash.parallel.layout import LAYOUTS
+from distflash.parallel.mask import Mask
 from distflash.testing import spmd
 
 S = 37
@@ -100,6 +101,20 @@ def test_a_plan_is_made_once_and_shared_by_all_layers():
 def test_auto_is_a_double_ring_across_several_hosts_only(per_node, ulysses, expected):
     orders = spmd(4, lambda group: distflash.SequenceParallel(group, ulysses=ulysses).order, per_node=per_node)
     assert orders == [expected] * 4
+
+
+def test_balanced_shares_out_the_work_of_the_mask_it_is_given():
+    cu, mask = (0, 40, 400, 1000), distflash.Slices.documents((0, 40, 400, 1000), causal=False)
+
+    def work(group, given, asked):
+        seq = distflash.SequenceParallel(group, layout="balanced", ulysses=2).sequence(cu_seqlens=cu, mask=given)
+        return sum(visit.tiles.area for visit in seq.visits(asked))
+
+    for given, asked in ((None, Mask(None, 0, cu)), (mask, mask)):
+        load = spmd(8, lambda group, given=given, asked=asked: work(group, given, asked))
+        assert max(load) <= 1.05 * sum(load) / 8, load
+    unfit = spmd(8, lambda group: work(group, None, mask))
+    assert max(unfit) > 1.05 * sum(unfit) / 8, "the mask makes a difference"
 
 
 def test_one_device_ignores_the_process_group():

@@ -6,7 +6,7 @@ Messages are copied when they are sent, so a buffer that is overwritten too earl
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,7 +22,8 @@ class LocalGroup:
 
     def __init__(self, size: int, device: torch.device | str = "cpu", per_node: int | None = None):
         self.size, self.device, self.per_node = size, torch.device(device), per_node or size
-        self.mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self.mail: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(dict)  # by pair, then by number
+        self.sent, self.asked = Counter(), Counter()  # messages of each pair so far: the n-th that is asked for is the n-th sent
         self.changed = threading.Condition()
         self.failed = False
 
@@ -53,9 +54,11 @@ class LocalWire:
         with self.group.changed:
             for dest, message in sends.items():
                 if message.numel():
-                    self.group.mail[self.rank, dest].append(message.clone())
+                    pair = self.rank, dest
+                    self.group.mail[pair][self.group.sent[pair]] = message.clone()
+                    self.group.sent[pair] += 1
             self.group.changed.notify_all()
-        return _Receipt(self.group, self.rank, recvs)
+            return _Receipt(self.group, self.rank, {source: message for source, message in recvs.items() if message.numel()})
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return SubWire(self, range(self.size), self.per_node).all_reduce(x)
@@ -66,15 +69,17 @@ class LocalWire:
 
 class _Receipt:
     def __init__(self, group: LocalGroup, rank: int, recvs: Mapping[int, Tensor]):
-        self.group, self.rank, self.recvs = group, rank, {s: m for s, m in recvs.items() if m.numel()}
+        self.group, self.rank, self.recvs = group, rank, dict(recvs)
+        self.numbers = {source: group.asked[source, rank] for source in recvs}
+        group.asked.update((source, rank) for source in recvs)  # this rank alone asks for these
 
     def wait(self) -> None:
         for source, buffer in self.recvs.items():
-            box = self.group.mail[source, self.rank]
+            box, number = self.group.mail[source, self.rank], self.numbers[source]
             with self.group.changed:
-                there = self.group.changed.wait_for(lambda box=box: box or self.group.failed, _PATIENCE)
-                if not there or not box:
+                there = self.group.changed.wait_for(lambda box=box, number=number: number in box or self.group.failed, _PATIENCE)
+                if not there or number not in box:
                     raise RankLost(f"rank {self.rank} waited for a message of rank {source} that did not come")
-                message = box.popleft()
+                message = box.pop(number)
             assert message.numel() == buffer.numel(), f"{message.numel()} bytes came, {buffer.numel()} were expected"
             buffer.copy_(message)

@@ -34,6 +34,19 @@ def test_a_message_is_what_the_buffer_held_when_it_was_sent():
     assert spmd(2, work) == [[1, 1], [1, 1]]
 
 
+def test_the_nth_message_asked_for_is_the_nth_sent_whichever_is_waited_on_first():
+    def work(wire):
+        rooms = [torch.empty(1, dtype=torch.uint8) for _ in range(3)]
+        pending = [
+            wire.exchange({1 - wire.rank: torch.tensor([n], dtype=torch.uint8)}, {1 - wire.rank: room}) for n, room in enumerate(rooms)
+        ]
+        for n in (2, 0, 1):
+            pending[n].wait()
+        return [int(room) for room in rooms]
+
+    assert spmd(2, work) == [[0, 1, 2]] * 2
+
+
 def test_empty_messages_are_not_sent():
     nothing = torch.empty(0, dtype=torch.uint8)
 
