@@ -53,6 +53,10 @@ class Kernel(Protocol):
         """None, or the reason why this kernel cannot serve the problem."""
         ...
 
+    def deterministic(self) -> Kernel:
+        """This kernel with gradients that are bit-equal from run to run, itself if they always are: what `Problem.deterministic` gets."""
+        ...
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
     ) -> Partial:

@@ -26,6 +26,9 @@ class EagerKernel:
     def supports(self, problem: Problem) -> str | None:
         return None
 
+    def deterministic(self) -> EagerKernel:
+        return self
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
     ) -> Partial:
@@ -36,7 +39,7 @@ class EagerKernel:
             acc = Partial(q.new_zeros(batch, rows, heads, v.shape[3]), q.new_full((batch, heads, rows), float("-inf")))
         for tile in tiles:
             for rows, part in _flash(q, k, v, tile, scale) or _online(q, k, v, tile, scale):
-                _merge_rows(acc, rows, part)
+                merge_rows(acc, rows, part)
         return Partial(acc.out.to(dtype or wide), acc.lse)
 
     def delta(self, out: Tensor, dout: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Iterato
     return iter([(tile.q, Partial(out.transpose(1, 2), lse))])
 
 
-def _merge_rows(acc: Partial, rows: slice, part: Partial) -> None:
+def merge_rows(acc: Partial, rows: slice, part: Partial) -> None:
     """Merge a part that covers only `rows` into the running result, in place: parallel.merge, which kernels do not import."""
     mine = acc.lse[:, :, rows]
     top = torch.maximum(mine, part.lse)

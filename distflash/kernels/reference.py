@@ -20,6 +20,9 @@ class ReferenceKernel:
     def supports(self, problem: Problem) -> str | None:
         return None
 
+    def deterministic(self) -> ReferenceKernel:
+        return self
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
     ) -> Partial:

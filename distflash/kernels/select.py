@@ -7,14 +7,19 @@ from importlib import import_module
 
 from distflash.kernels.base import Kernel, Problem
 
-# the first that supports the problem is what "auto" takes; `reference` serves only by name
+# the first that supports the problem is what "auto" takes; those in BY_NAME_ONLY serve only by name
 KERNELS = {
     "hopper": "distflash.kernels.hopper:HopperKernel",
     "triton": "distflash.kernels.triton:TritonKernel",
     "eager": "distflash.kernels.eager:EagerKernel",
     "reference": "distflash.kernels.reference:ReferenceKernel",
+    "cudnn": "distflash.kernels.adapters:CudnnKernel",
+    "fa2": "distflash.kernels.adapters:Fa2Kernel",
+    "fa3": "distflash.kernels.adapters:Fa3Kernel",
+    "fa4": "distflash.kernels.adapters:Fa4Kernel",
 }
-BY_NAME_ONLY = {"reference": "dense, S x S in memory: ask for it by name"}
+_ADAPTED = "another project's kernel, a launch a tile: ask for it by name"
+BY_NAME_ONLY = {"reference": "dense, S x S in memory: ask for it by name", **dict.fromkeys(("cudnn", "fa2", "fa3", "fa4"), _ADAPTED)}
 
 
 @cache
@@ -29,7 +34,7 @@ def _load(name: str) -> Kernel | str:
 
 def candidates(problem: Problem) -> list[tuple[str, str | None]]:
     """Every kernel in the order in which "auto" tries them, with None or the reason it would be passed over."""
-    return [(name, BY_NAME_ONLY.get(name) or _reason(name, problem)) for name in KERNELS]
+    return [(name, _reason(name, problem) or BY_NAME_ONLY.get(name)) for name in KERNELS]
 
 
 def _reason(name: str, problem: Problem) -> str | None:
@@ -39,15 +44,15 @@ def _reason(name: str, problem: Problem) -> str | None:
 
 @cache
 def select(name: str, problem: Problem) -> Kernel:
-    """The kernel asked for, or for "auto" the first candidate that supports the problem.
+    """The kernel asked for, or for "auto" the first candidate that supports the problem; in its deterministic form if the problem says so.
 
     Raises ValueError if the name is unknown, or if the kernel asked for cannot serve: nothing else runs in its place.
     """
     if name != "auto" and name not in KERNELS:
         raise ValueError(f"kernel={name!r} is not known: use 'auto' or one of {', '.join(map(repr, KERNELS))}")
-    chosen = next(n for n, reason in candidates(problem) if reason is None) if name == "auto" else name
+    chosen = next(n for n in KERNELS if n not in BY_NAME_ONLY and _reason(n, problem) is None) if name == "auto" else name
     if reason := _reason(chosen, problem):
         raise ValueError(f"kernel={name!r} cannot serve this problem: {reason}; kernel='auto' would choose another")
     kernel = _load(chosen)
     assert not isinstance(kernel, str)
-    return kernel
+    return kernel.deterministic() if problem.deterministic else kernel

@@ -50,14 +50,23 @@ def test_on_a_cpu_that_is_eager_and_the_others_say_why_not():
     assert select("auto", CPU).name == "eager"
 
 
-def test_auto_never_takes_the_dense_reference():
-    assert set(BY_NAME_ONLY) == {"reference"} and "ask for it by name" in dict(candidates(CPU))["reference"]
+def test_auto_never_takes_the_dense_reference_nor_another_project_s_kernel():
+    assert set(BY_NAME_ONLY) == {"reference", "cudnn", "fa2", "fa3", "fa4"}
+    assert "ask for it by name" in dict(candidates(CPU))["reference"]
     assert select("reference", CPU).name == "reference"
 
 
 @pytest.mark.parametrize("name", ["eager", "reference"])
 def test_a_kernel_asked_for_by_name_is_that_kernel(name):
     assert select(name, CPU).name == name
+
+
+def test_a_deterministic_problem_gets_the_deterministic_form_of_the_kernel(refusing, monkeypatch):
+    form = EagerKernel()
+    monkeypatch.setattr(refusing, "deterministic", lambda self: form)
+    half = Problem(CPU.device, torch.float16, 4, 2, 64, 64, deterministic=True)
+    assert select("refusing", half) is form and select("auto", half) is form
+    assert isinstance(select("refusing", Problem(CPU.device, torch.float16, 4, 2, 64, 64)), refusing)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

@@ -1,0 +1,156 @@
+"""What the rows of `bench_kernel` say: figures beside each other, the ratio to the best peer, means and minima; text, Markdown, a plot.
+
+A row is one kernel in one cell and direction: part, D, S, H, Hk, causal, pass, kernel, and tflops with tflops_low and tflops_high (the
+slow and the fast 20 %), or the error that kept it from being measured. Pure Python: made from the JSON alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+OURS, PEERS = "distflash", ("fa3", "fa4", "cudnn", "fa2", "flex")
+DIRECTIONS = ("forward", "backward")
+Rows = list[dict[str, Any]]
+Key = tuple[str, str, int, bool]  # part, direction, S, causal
+
+
+def cells(rows: Rows) -> dict[Key, dict[str, dict[str, Any]]]:
+    """Rows by cell, then by kernel; parts and directions in their order, lengths ascending."""
+    found: dict[Key, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["pass"] in DIRECTIONS and row["part"] != "repeats":
+            found.setdefault((row["part"], row["pass"], row["S"], row["causal"]), {})[row["kernel"]] = row
+    parts = list(dict.fromkeys(part for part, *_ in found))
+    return dict(sorted(found.items(), key=lambda item: (parts.index(item[0][0]), item[0][1] != "forward", not item[0][3], item[0][2])))
+
+
+def best_peer(cell: dict[str, dict[str, Any]]) -> str | None:
+    """The fastest other kernel that was measured here."""
+    speeds = {name: row["tflops"] for name, row in cell.items() if name in PEERS and "tflops" in row}
+    return max(speeds, key=lambda name: speeds[name]) if speeds else None
+
+
+def ratio(cell: dict[str, dict[str, Any]]) -> float | None:
+    """Our speed over that of the best peer; None if either was not measured."""
+    peer = best_peer(cell)
+    return cell[OURS]["tflops"] / cell[peer]["tflops"] if peer and "tflops" in cell.get(OURS, {}) else None
+
+
+def summary(rows: Rows) -> list[dict[str, Any]]:
+    """Geometric mean and minimum of the ratios by part and direction, with the number of cells that have one and of those that should."""
+    groups: dict[tuple[str, str], list[float | None]] = {}
+    for (part, direction, *_), cell in cells(rows).items():
+        groups.setdefault((part, direction), []).append(ratio(cell))
+    lines = []
+    for (part, direction), ratios in groups.items():
+        known = [r for r in ratios if r is not None]
+        figures = {"geomean": geometric_mean(known), "min": min(known)} if known else {}
+        lines.append({"part": part, "pass": direction, "cells": len(ratios), "measured": len(known), **figures})
+    return lines
+
+
+def ratios(rows: Rows) -> list[dict[str, Any]]:
+    """The best peer and our ratio to it, cell by cell."""
+    words = ("part", "pass", "S", "causal")
+    return [{**dict(zip(words, key, strict=True)), "best_peer": best_peer(cell), "ratio": ratio(cell)} for key, cell in cells(rows).items()]
+
+
+def ragged(rows: Rows) -> dict[str, float]:
+    """Our speed on packed documents over that on dense sequences of the same run, by direction."""
+    speeds = {(row["part"], row["pass"]): row.get("tflops") for row in rows if row["part"] in ("ragged", "dense") and row["kernel"] == OURS}
+    pairs = {direction: (speeds.get(("ragged", direction)), speeds.get(("dense", direction))) for direction in DIRECTIONS}
+    return {direction: mine / dense for direction, (mine, dense) in pairs.items() if mine and dense}
+
+
+def lines(rows: Rows, spread: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table: TFLOP/s of every kernel, the best peer and our ratio to it."""
+    by_cell = cells(rows)
+    names = [name for name in dict.fromkeys(row["kernel"] for row in rows if row["pass"] in DIRECTIONS) if name not in PEERS]
+    names += [peer for peer in PEERS if any(peer in cell for cell in by_cell.values())]
+    body = []
+    for (part, direction, S, causal), cell in by_cell.items():
+        figures = [_figure(cell.get(name), spread) for name in names]
+        against = ratio(cell)
+        last = [best_peer(cell) or "", f"{against:.2f}" if against else ""]
+        body.append([part, direction, str(S), "causal" if causal else "full", *figures, *last])
+    return ["part", "pass", "S", "mask", *names, "best peer", "ratio"], body
+
+
+def _figure(row: dict[str, Any] | None, spread: bool) -> str:
+    if row is None:
+        return ""
+    if "tflops" not in row:
+        return "no backward" if row["error"] == "no backward" else "failed"
+    mark = " !" if row.get("wrong") else ""
+    band = f" ({row['tflops_low']:.0f} to {row['tflops_high']:.0f})" if spread else ""
+    return f"{row['tflops']:.0f}{band}{mark}"
+
+
+def troubles(rows: Rows) -> list[str]:
+    """Every error, every result out of its error budget, every repeat that was not bit-equal."""
+    found = []
+    for row in rows:
+        cell = [f"S={row['S']}", "causal" if row["causal"] else "full"] if "S" in row else []
+        where = " ".join([row["part"], row["pass"], *cell, row["kernel"]])
+        if row.get("wrong"):
+            found.append(f"{where}: WRONG: {row['wrong']}")
+        if row.get("error", "no backward") != "no backward":
+            found.append(f"{where}: {row['error']}")
+        if row.get("equal", row.get("times")) != row.get("times"):
+            found.append(f"{where}: {row['equal']} of {row['times']} bit-equal")
+    return found
+
+
+def markdown(rows: Rows) -> str:
+    """The table with the spread of each figure, and the means and minima."""
+    head, body = lines(rows, spread=True)
+    short = [
+        [line["part"], line["pass"], *(f"{line[word]:.3f}" if word in line else "" for word in ("geomean", "min")), str(line["measured"])]
+        for line in summary(rows)
+    ]
+    return _table(head, body) + "\n" + _table(["part", "pass", "geometric mean of the ratios", "least", "cells"], short)
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *body))
+
+
+def plot(rows: Rows, title: str, path: Path) -> None:
+    """TFLOP/s over S: a panel a part and direction, a colour a kernel; causal drawn through, full dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    by_cell = cells(rows)
+    parts = [part for part in dict.fromkeys(key[0] for key in by_cell) if len({S for p, _, S, _ in by_cell if p == part}) > 1]
+    names = [OURS, *(peer for peer in PEERS if any("tflops" in cell.get(peer, {}) for cell in by_cell.values()))]
+    figure, axes = plt.subplots(2, len(parts), figsize=(3.4 * len(parts), 6), sharex=True, sharey="row", squeeze=False)
+    for line, direction in enumerate(DIRECTIONS):
+        for column, part in enumerate(parts):
+            axis = axes[line][column]
+            for number, name in enumerate(names):
+                for causal, style in ((True, "-"), (False, "--")):
+                    points = [
+                        (S, cell[name]["tflops"])
+                        for (p, d, S, c), cell in by_cell.items()
+                        if (p, d, c) == (part, direction, causal) and "tflops" in cell.get(name, {})
+                    ]
+                    if points:
+                        width = 2 if name == OURS else 1
+                        axis.plot(*zip(*points, strict=True), style, color=f"C{number}", linewidth=width, marker="o", markersize=3,
+                                  label=name if causal else None)  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"{part}, {direction}", fontsize=9)
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("TFLOP/s")
+    axes[1][0].set_ylabel("TFLOP/s")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(names), fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
