@@ -5,6 +5,7 @@
     consumer  64 of the keys. Sᵀ = K Qᵀ and dPᵀ = V dOᵀ live in registers, and as P and dS are the register operands of
               dV += P dO and dK += dS Q; dS also goes through shared memory: dQ sums over both consumers;
               each consumer computes half of dQ (half the columns; half the rows where BM is 128)
+    WITH_DQ   off: dK and dV alone, which are bit-equal from run to run; dq.py computes dQ then. No barrier between the consumers is left
     stats     -lse in base 2 (-inf where a row saw no key, so that its P is 0) and -delta, one fp32 vector each; a tile's slice of
               them travels with Q and dO into shared memory and is read just before use: kept in registers they spill
 
@@ -20,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper.compat import group_sync, tma_load, tma_reduce_add
-from distflash.kernels.hopper.forward import again, as_operand, cells, tile_of
+from distflash.kernels.hopper.forward import again, as_operand, lines, tile_of
 
 
 @gluon.jit
@@ -60,9 +61,9 @@ def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.cons
 
 @gluon.jit
 def step(
-    cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr, desc_dq,
-    ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high,
-    D: gl.constexpr, NB: gl.constexpr
+    cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr,
+    WITH_DQ: gl.constexpr, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq, state, qs,
+    scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
     """The next tile of queries; `state` counts them, modulo 16.
 
@@ -74,8 +75,8 @@ def step(
     it = state & 15
     slot = it % NB
     parity = (it // NB) & 1
-    q = qdo.index(slot)
-    do = qdo.index(NB + slot)
+    q = qb.index(slot)
+    do = dob.index(slot)
     if not OVERLAP:
         mbarrier.wait(qf.index(slot), parity)
         st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
@@ -96,32 +97,39 @@ def step(
     else:
         ds = p * (dp + nde[None, :])
     ds16 = ds.to(q.dtype)
-    mine = dsb.index(it % 2)
-    mine.slice(cid * 64, 64, 0).store(ds16)
-    fence_async_shared()
+    if WITH_DQ:
+        mine = dsb.index(it % 2)
+        mine.slice(cid * 64, 64, 0).store(ds16)
+        fence_async_shared()
     if LATE:
         pb = as_operand(p, q.dtype, kv_l)
         dv = warpgroup_mma(pb, do, dv, is_async=True)
-    group_sync(10, 256)
+    if WITH_DQ:
+        group_sync(10, 256)
     dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
-    if SPLIT_M:
-        dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
-    else:
-        dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
-    if LATE:
+    if WITH_DQ:
+        if SPLIT_M:
+            dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
+        else:
+            dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
+    if LATE and WITH_DQ:
         dv, pb = warpgroup_mma_wait(1, deps=[dv, pb])
         mbarrier.arrive(doe.index(slot), count=1)
     dk = warpgroup_mma(dsr, q, dk, is_async=True)
     if OVERLAP:
         mbarrier.wait(qf.index((it + 1) % NB), ((it + 1) // NB) & 1)
-        st = warpgroup_mma(ks, qdo.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
+        st = warpgroup_mma(ks, qb.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
     behind: gl.constexpr = 2 if OVERLAP else 1
-    if LATE:
-        dq = warpgroup_mma_wait(behind, deps=[dqt])
+    if WITH_DQ:
+        if LATE:
+            dq = warpgroup_mma_wait(behind, deps=[dqt])
+        else:
+            dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
+            mbarrier.arrive(doe.index(slot), count=1)
+        send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
     else:
-        dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
+        dv, pb = warpgroup_mma_wait(behind, deps=[dv, pb])
         mbarrier.arrive(doe.index(slot), count=1)
-    send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
     if OVERLAP:
         dk, dsr, s = warpgroup_mma_wait(0, deps=[dk, dsr, st])
     else:
@@ -163,9 +171,34 @@ def segment_of(u, blocks, busy, per, kv_heads, group):
 
 
 @gluon.jit
+def store_rows(out, x, b, h, start, stop, heads, t, COLUMNS: gl.constexpr, ADD: gl.constexpr):
+    """Rows `start` .. of contiguous [B, T, heads, COLUMNS]: out = x, or out += x. None past the `stop`."""
+    layout: gl.constexpr = x.type.layout
+    rows = start + lines(gl.SliceLayout(1, layout))
+    cols = gl.arange(0, x.type.shape[1], layout=gl.SliceLayout(0, layout))
+    line = (b.to(gl.int64) * t * heads + h) * COLUMNS + rows.to(gl.int64) * (heads * COLUMNS)  # B * T * H * D may pass 2^31
+    at = line[:, None] + cols[None, :]
+    inside = rows[:, None] < stop
+    if x.type.shape[1] > COLUMNS:
+        inside = inside & (cols[None, :] < COLUMNS)
+    if ADD:
+        x += gl.load(out + at, mask=inside, other=0.0)
+    gl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def store_keys(out, x, blocks, busy, per, kv_heads, t_k, first: gl.constexpr, COLUMNS: gl.constexpr):
+    """x, of keys `first` .. of this program's block, to out [B, Tk, Hk, COLUMNS]."""
+    block, b, kv = place(again(busy), again(per), again(kv_heads))
+    start = gl.load(blocks + 4 * block) + first
+    store_rows(out, x, b, kv, start, gl.load(blocks + 4 * block + 1), again(kv_heads), again(t_k), COLUMNS, False)
+
+
+@gluon.jit
 def consumer(
-    cid: gl.constexpr, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
-    kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr
+    cid: gl.constexpr, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
+    per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr,
+    OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, WITH_DQ: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     SPLIT_M: gl.constexpr = BM == 128
@@ -174,15 +207,14 @@ def consumer(
     DQ: gl.constexpr = D if SPLIT_M else D // 2
     q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
     r_l: gl.constexpr = gl.SliceLayout(1, s_l)
-    ro_l: gl.constexpr = gl.SliceLayout(1, kv_l)
     gl.static_assert(16 % (2 * NB) == 0)
     dk = gl.zeros([64, D], gl.float32, layout=kv_l)
     dv = gl.zeros([64, D], gl.float32, layout=kv_l)
     zs = gl.zeros([64, BM], gl.float32, layout=s_l)
     zq = gl.zeros([64, DQ], gl.float32, layout=q_l)
-    k = kvb.index(0)
+    k = kb.index(0)
     ks = k.slice(cid * 64, 64, 0)
-    vs = kvb.index(1).slice(cid * 64, 64, 0)
+    vs = vb.index(0).slice(cid * 64, 64, 0)
     if SPLIT_M:
         kd = k
     else:
@@ -193,7 +225,7 @@ def consumer(
     mbarrier.wait(kvf.index(0), 0)
     if OVERLAP:
         mbarrier.wait(qf.index(0), 0)
-        st = warpgroup_mma(ks, qdo.index(0).permute([1, 0]), zs, use_acc=False, is_async=True)
+        st = warpgroup_mma(ks, qb.index(0).permute([1, 0]), zs, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[st])
     while (again(state) >> 4) < group * n_segments(blocks, busy, per, kv_heads):
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
@@ -203,52 +235,50 @@ def consumer(
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, SPLIT_M, desc_dq, ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq,
-                state, qs, scale, fold, b, h, n0, low, high, D, NB
+                cid, True, OVERLAP, True, FOLD, SPLIT_M, WITH_DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk,
+                dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, desc_dq, ks, vs, kd, qdo, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq,
-                state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
+                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, WITH_DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk,
+                dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
-    block, b, kv = place(again(busy), again(per), again(kv_heads))
-    rows = gl.load(blocks + 4 * block) + cid * 64 + gl.arange(0, 64, layout=ro_l)
-    at = cells(b, kv, rows, again(kv_heads), again(t_k), D, kv_l)
-    inside = rows[:, None] < gl.load(blocks + 4 * block + 1)
     if not FOLD:
         dk = dk * scale
-    gl.store(DK + at, dk.to(DK.dtype.element_ty), mask=inside)
-    gl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
+    store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
+    store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
     tma.store_wait(0)
 
 
 @gluon.jit
-def load_rows(desc, desc_stat, qdo, st_b, full, empty, WHAT: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr):
-    """Tile `it` of Q and lse (WHAT 0) or of dO and delta (1) into its slot."""
+def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr):
+    """Tile `it` of Q and lse (FIRST 0), or of dO and delta (FIRST NB, where delta begins in `stats`), into its slot."""
     slot = it % NB
     mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
     mbarrier.expect(full.index(slot), BYTES)
-    tma_load(desc, [b, h, n0, 0], full.index(slot), qdo.index(WHAT * NB + slot))
-    tma_load(desc_stat, [line + n0], full.index(slot), st_b.index(WHAT * NB + slot))
+    tma_load(desc, [b, h, n0, 0], full.index(slot), tiles.index(slot))
+    tma_load(desc_stat, [line + n0], full.index(slot), stats.index(FIRST + slot))
 
 
 @gluon.jit
 def producer(
-    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kvb, qdo, st_b, kvf, qf, dof, qe, doe, blocks, segments, busy, per,
-    kv_heads, group, t_pad, BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr
+    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks, segments, busy, per,
+    kv_heads, group, t_pad, KEYS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, NB: gl.constexpr,
+    OVERLAP: gl.constexpr
 ):  # fmt: skip
     """The TMA warp: K and V once, then Q and dO tile by tile."""
     BYTES: gl.constexpr = BM * D * 2 + BM * 4
+    BYTES_V: gl.constexpr = BM * D_V * 2 + BM * 4
     block, b, kv = place(busy, per, kv_heads)
     start = gl.load(blocks + 4 * block)
     seg = gl.load(blocks + 4 * block + 2)
     n_seg = gl.load(blocks + 4 * block + 3)
-    mbarrier.expect(kvf.index(0), 2 * 128 * D * 2)
-    tma_load(desc_k, [b, kv, start, 0], kvf.index(0), kvb.index(0))
-    tma_load(desc_v, [b, kv, start, 0], kvf.index(0), kvb.index(1))
+    mbarrier.expect(kvf.index(0), KEYS * (D + D_V) * 2)
+    tma_load(desc_k, [b, kv, start, 0], kvf.index(0), kb.index(0))
+    tma_load(desc_v, [b, kv, start, 0], kvf.index(0), vb.index(0))
     it = 0
     for h in range(kv * group, kv * group + group):
         line = (b * (kv_heads * group) + h) * t_pad
@@ -256,23 +286,23 @@ def producer(
             first, left, inner, total = extent(segments, sg)
             for i in range(total):
                 n0 = first + tile_of(i, left, inner, total - inner) * BM
-                load_rows(desc_q, desc_lse, qdo, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB)
-                load_rows(desc_do, desc_delta, qdo, st_b, dof, doe, 1, it, b, h, n0, line, BYTES, NB)
+                load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB)
+                load_rows(desc_do, desc_delta, dob, st_b, dof, doe, NB, it, b, h, n0, line, BYTES_V, NB)
                 it += 1
     if OVERLAP:  # the last step computes one Sᵀ too many, of any queries
-        load_rows(desc_q, desc_lse, qdo, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB)
+        load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB)
 
 
 @gluon.jit(do_not_specialize=["busy", "per", "kv_heads", "group", "t_pad", "t_k"])
 def backward_kernel(
     desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dq, DK, DV, blocks, segments, qs, scale, fold, busy, per,
     kv_heads, group, t_pad, t_k,
-    BM: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr,
-    REGS: gl.constexpr, REGS_P: gl.constexpr
+    BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
+    LATE: gl.constexpr, FOLD: gl.constexpr, WITH_DQ: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
     desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [BM, D / 2], or [64, D] where BM is 128;
-    DK, DV [B, Tk, Hk, D] contiguous."""
+    DK, DV [B, Tk, Hk, COLUMNS or COLUMNS_V], contiguous; D is the smallest tile that holds both."""
     dtype: gl.constexpr = desc_q.dtype
     DQ_ROWS: gl.constexpr = 64
     DQ: gl.constexpr = D if BM == 128 else D // 2
@@ -281,8 +311,10 @@ def backward_kernel(
     sl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BM], dtype)
     dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DQ_ROWS, DQ], gl.float32)
     tl: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    kvb = gl.allocate_shared_memory(dtype, [2, 128, D], kl)
-    qdo = gl.allocate_shared_memory(dtype, [2 * NB, BM, D], ql)
+    kb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
+    vb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
+    qb = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
+    dob = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
     dsb = gl.allocate_shared_memory(dtype, [2, 128, BM], sl)
     dqb = gl.allocate_shared_memory(gl.float32, [2, DQ_ROWS, DQ], dl)
     st_b = gl.allocate_shared_memory(gl.float32, [2 * NB, BM], tl)
@@ -301,12 +333,12 @@ def backward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consumer, (0, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
-             kv_heads, group, t_k, BM, D, NB, OVERLAP, LATE, FOLD)),
-            (consumer, (1, desc_dq, kvb, qdo, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy, per,
-             kv_heads, group, t_k, BM, D, NB, OVERLAP, LATE, FOLD)),
-            (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kvb, qdo, st_b, kvf, qf, dof, qe, doe, blocks, segments,
-             busy, per, kv_heads, group, t_pad, BM, D, NB, OVERLAP)),
+            (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
+             per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, WITH_DQ)),
+            (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
+             per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, WITH_DQ)),
+            (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
+             segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
         ],
         [4, 1],
         [REGS, REGS_P],

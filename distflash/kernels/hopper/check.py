@@ -24,17 +24,43 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from distflash.kernels.hopper import configs
 from distflash.kernels.hopper.backward import backward_kernel
-from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig
+from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, KeysConfig, RolesConfig, RowsConfig
+from distflash.kernels.hopper.dkv import dkv_kernel
+from distflash.kernels.hopper.dq import dq_kernel
 from distflash.kernels.hopper.forward import forward_kernel
+from distflash.kernels.hopper.tma import parts
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SHARED = 232448  # bytes a block may have on sm_90
 # bytes that a shipped configuration is known to spill, by Triton release: slow there, not wrong. Nothing else may spill, nor these more.
 # The configurations are tuned for 3.6, with which torch 2.11 comes; later releases keep more addresses in registers over the loops.
+_KINDS = ("", " running fp32", " fp16", " padded")
 KNOWN_GAPS = {
-    "3.7": {"backward D128": 48, "backward D128 fp16": 48},  # not in the hot loops
-    "3.9": {"backward D128": 960, "backward D128 fp16": 960},  # 37 loads and stores in the hot loops
+    "3.7": {  # none in the hot loops
+        **{"backward D128" + kind: 48 for kind in _KINDS},
+        "dq D256/128 running fp32": 64,
+        "dq D256 running fp32": 48,
+    },
+    "3.9": {
+        **{"backward D128" + kind: 1192 for kind in _KINDS},  # 59 loads and stores in the hot loops
+        **{"dkv D128" + kind: 196 for kind in _KINDS},  # 2 in the hot loops; the rest of the backward's: none
+        **{"dkv D256" + kind: 84 for kind in _KINDS},
+        **{"dq D256/128" + kind: 48 for kind in _KINDS},
+        **{"dq D256" + kind: 32 for kind in _KINDS[:3]},
+        "forward D192/128": 64,  # forwards: thread and program numbers, once an item, none in the hot loops
+        "forward D192/128 running fp32": 72,
+        "forward D192/128 fp16": 64,
+        "forward D192/128 padded running fp32": 64,
+        "forward D192 padded": 12,
+        "forward D192 padded running fp32": 136,
+        "forward D256": 164,
+        "forward D256 running fp32": 304,
+        "forward D256 fp16": 164,
+        "forward D256 padded": 12,
+        "forward D256 padded running fp32": 380,
+    },
 }
+Sides = tuple[int, int]  # of the tiles that hold the query and key, and the value head size
 _TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
 
 
@@ -42,27 +68,72 @@ def _descriptor(box: list[int], dtype: str) -> str:
     return f"tensordesc<{dtype}{box},{gl.NVMMASharedLayout.get_default_for(box, _TYPES[dtype])!r}>"
 
 
-def forward_source(d: int, c: ForwardConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False):
-    """(kernel, signature, constants, options) of one forward."""
-    kv = _descriptor([1, 1, c.block_n, d], dtype)
-    signature = {"desc_q": _descriptor([1, 1, 64, d], dtype), "desc_k": kv, "desc_v": kv, "O": "*" + out}
-    signature |= dict.fromkeys(("M", "A", "AM"), "*fp32")
-    signature |= {"blocks": "*i32", "segments": "*i32", "order": "*i32", "qs": "fp32"}
-    signature |= dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
-    constants = {"NC": c.consumers, "BN": c.block_n, "D": d, "NB": c.stages, "HAS_ACC": acc, "LATE": c.late_cast, "POLY": c.poly}
+def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False, columns: Sides | None = None):
+    """(kernel, signature, constants, registers) of one forward; `columns` are the head sizes, where they are smaller than the tiles."""
+    widths = [parts(side, n) for side, n in zip(sides, columns or sides, strict=True)]
+    tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
+    signature = {f"desc_{name}": _descriptor([1, 1, rows, width], dtype) for name, (rows, (width, _)) in tensors.items()}
+    signature |= {f"desc_{name}2": _descriptor([1, 1, rows, width], dtype) for name, (rows, (_, width)) in tensors.items() if width}
+    signature |= {"O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
+    signature |= dict.fromkeys(("blocks", "segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
+    constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
+    constants |= {"NC": c.consumers, "NB": c.stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast, "POLY": c.poly}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 
-def backward_source(d: int, c: BackwardConfig, dtype: str = "bf16", out: str = "bf16"):
-    """(kernel, signature, constants, options) of one backward."""
-    q, kv, stat = _descriptor([1, 1, c.block_m, d], dtype), _descriptor([1, 1, 128, d], dtype), _descriptor([c.block_m], "fp32")
-    dq = _descriptor([1, 1, 64, d if c.block_m == 128 else d // 2], "fp32")
-    signature = {"desc_q": q, "desc_k": kv, "desc_v": kv, "desc_do": q, "desc_lse": stat, "desc_delta": stat, "desc_dq": dq}
+def keys_source(sides: Sides, c: KeysConfig, dtype: str = "bf16", out: str = "bf16", dq: bool = True, columns: Sides | None = None):
+    """(kernel, signature, constants, registers) of the one pass, or without `dq` of dK and dV alone; `columns` are the head sizes."""
+    (d, _), columns = sides, columns or sides
+    constants = {"BM": c.block_m, "D": d, "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages, "OVERLAP": c.overlap}
+    constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "WITH_DQ": dq, "REGS": c.regs[0], "REGS_P": c.regs[1]}
+    signature = _key_signature(sides, c, dtype, out)
+    adds = _descriptor([1, 1, 64, d if c.block_m == 128 else d // 2], "fp32")
+    return backward_kernel, signature | {"desc_dq": adds if dq else signature["desc_delta"]}, constants, c.max_regs
+
+
+def roles_source(sides: Sides, c: RolesConfig, dtype: str = "bf16", out: str = "bf16", columns: Sides | None = None):
+    """As keys_source, of dK and dV by roles."""
+    columns = columns or sides
+    constants = {"BM": c.block_m, "D": sides[0], "D_V": sides[1], "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages}
+    constants |= {"FOLD": dtype == "bf16", "REGS": c.regs[0], "REGS_P": c.regs[1]}
+    return dkv_kernel, _key_signature(sides, c, dtype, out), constants, c.max_regs
+
+
+def rows_source(sides: Sides, c: RowsConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False, columns: Sides | None = None):
+    """As keys_source, of dQ alone."""
+    box = {"q": [1, 1, 64, sides[0]], "k": [1, 1, c.block_n, sides[0]], "v": [1, 1, c.block_n, sides[1]], "do": [1, 1, 64, sides[1]]}
+    signature = {f"desc_{name}": _descriptor(b, dtype) for name, b in box.items()} | {"DQ": "*fp32" if acc else "*" + out}
+    signature |= dict.fromkeys(("NLSE", "NDELTA"), "*fp32") | dict.fromkeys(("blocks", "segments", "order"), "*i32")
+    signature |= dict.fromkeys(("qs", "scale"), "fp32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
+    constants = {"BN": c.block_n, "D": sides[0], "D_V": sides[1], "COLUMNS": (columns or sides)[0], "NB": c.stages, "NBV": c.v_stages}
+    return dq_kernel, signature, constants | {"ADD": acc, "FOLD": dtype == "bf16", "REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
+
+
+def _key_signature(sides: Sides, c: KeysConfig | RolesConfig, dtype: str, out: str) -> dict[str, str]:
+    """What the kernels with stationary keys share."""
+    box = {"q": [c.block_m, sides[0]], "k": [c.keys, sides[0]], "v": [c.keys, sides[1]], "do": [c.block_m, sides[1]]}
+    signature = {f"desc_{name}": _descriptor([1, 1, *b], dtype) for name, b in box.items()}
+    signature |= dict.fromkeys(("desc_lse", "desc_delta"), _descriptor([c.block_m], "fp32"))
     signature |= {"DK": "*" + out, "DV": "*" + out, "blocks": "*i32", "segments": "*i32"}
     signature |= dict.fromkeys(("qs", "scale", "fold"), "fp32")
-    signature |= dict.fromkeys(("busy", "per", "kv_heads", "group", "t_pad", "t_k"), "i32")
-    constants = {"BM": c.block_m, "D": d, "NB": c.stages, "OVERLAP": c.overlap, "LATE": c.late, "FOLD": dtype == "bf16"}
-    return backward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
+    return signature | dict.fromkeys(("busy", "per", "kv_heads", "group", "t_pad", "t_k"), "i32")
+
+
+def backward_sources(
+    sides: Sides, c: BackwardConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False, columns: Sides | None = None
+) -> dict[str, tuple]:
+    """name -> source of every kernel that a backward may launch."""
+    name = _name(sides)
+    found = {"backward" + name: keys_source(sides, c.one_pass, dtype, out, columns=columns)} if c.one_pass else {}
+    if isinstance(c.dkv, RolesConfig):
+        found["dkv" + name] = roles_source(sides, c.dkv, dtype, out, columns)
+    else:
+        found["dkv" + name] = keys_source(sides, c.dkv, dtype, out, False, columns)
+    return found | {"dq" + name: rows_source(sides, c.dq, dtype, out, acc, columns)}
+
+
+def _name(sides: Sides) -> str:
+    return f" D{sides[0]}" if sides[0] == sides[1] else f" D{sides[0]}/{sides[1]}"
 
 
 def inspect(kernel, signature: dict, constants: dict, max_regs: int, keep: str | None = None) -> dict:
@@ -124,21 +195,35 @@ def main() -> int:
     parser.add_argument("--only", default="", help="compile those whose name contains this")
     parser.add_argument("--keep", help="folder for PTX and SASS")
     args = parser.parse_args()
-    jobs = [(f"forward D{d}", forward_source(d, c), True) for d, c in configs.FORWARD.items()]
-    jobs += [(f"backward D{d}", backward_source(d, c), True) for d, c in configs.BACKWARD.items()]
+    jobs, kinds = [], {"": {}}
     if not args.quick:
-        jobs += [(f"forward D{d} running fp32", forward_source(d, c, out="fp32", acc=True), True) for d, c in configs.FORWARD.items()]
-        jobs += [(f"forward D{d} fp16", forward_source(d, c, "fp16", "fp16"), True) for d, c in configs.FORWARD.items()]
-        jobs += [(f"backward D{d} fp16", backward_source(d, c, "fp16", "fp16"), True) for d, c in configs.BACKWARD.items()]
+        kinds |= {
+            " running fp32": {"out": "fp32", "acc": True},
+            " fp16": {"dtype": "fp16", "out": "fp16"},
+            " padded": {"columns": (59, 59)},
+        }
+    for kind, options in kinds.items():
+        for sides, c in configs.FORWARD.items():
+            jobs += [("forward" + _name(sides) + kind, forward_source(sides, c, **options), True)]
+            if kind == " padded":  # and one column short of the tile, onto a running partial: the most addresses that an epilogue needs
+                most = {"columns": (sides[0] - 1, sides[1] - 1), "out": "fp32", "acc": True}
+                jobs += [("forward" + _name(sides) + " padded running fp32", forward_source(sides, c, **most), True)]
+        for sides, c in configs.BACKWARD.items():
+            jobs += [(name + kind, source, True) for name, source in backward_sources(sides, c, **options).items()]
     if args.variants:
-        jobs += [(f"forward D{d} {n}", forward_source(d, c), False) for d, v in configs.FORWARD_VARIANTS.items() for n, c in v.items()]
-        jobs += [(f"backward D{d} {n}", backward_source(d, c), False) for d, v in configs.BACKWARD_VARIANTS.items() for n, c in v.items()]
+        for sides, variants in configs.FORWARD_VARIANTS.items():
+            jobs += [(f"forward{_name(sides)} {n}", forward_source(sides, c), False) for n, c in variants.items()]
+        for sides, variants in configs.BACKWARD_VARIANTS.items():
+            shipped = backward_sources(sides, configs.BACKWARD[sides])
+            for n, c in variants.items():
+                tried = backward_sources(sides, c)
+                jobs += [(f"{name} {n}", source, False) for name, source in tried.items() if source != shipped[name]]
     failed, gaps = 0, KNOWN_GAPS.get(".".join(triton.__version__.split(".")[:2]), {})
     print(f"triton {triton.__version__}, sm_90a")  # noqa: T201
     for name, job, shipped in jobs:
         if args.only not in name:
             continue
-        seen = inspect(*job, keep=os.path.join(args.keep, name.replace(" ", "_")) if args.keep else None)
+        seen = inspect(*job, keep=os.path.join(args.keep, name.replace(" ", "_").replace("/", "-")) if args.keep else None)
         bad = seen["spilled"] > gaps.get(name, 0) or seen["serialised"] or seen["shared"] > _SHARED
         failed += bool(bad and shipped)
         note = "FAIL" if bad else f"known gap, up to {gaps[name]} B" if seen["spilled"] else ""

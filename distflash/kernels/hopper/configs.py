@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class ForwardConfig:
 
 
 @dataclass(frozen=True)
-class BackwardConfig:
-    """block_m query rows a step against 128 keys a program, `stages` buffers of Q and of dO."""
+class KeysConfig:
+    """backward.py: block_m query rows a step against 128 keys a program, `stages` buffers of Q and of dO."""
 
     block_m: int
     stages: int
@@ -33,52 +34,121 @@ class BackwardConfig:
     late: bool  # dV is issued after dS, not beside it: fewer registers
     regs: tuple[int, int] = (240, 24)
     max_regs: int = 168
+    keys = 128
+
+
+@dataclass(frozen=True)
+class RolesConfig:
+    """dkv.py: block_m query rows a step against 64 keys a program, `stages` buffers of Q and of dO."""
+
+    block_m: int
+    stages: int
+    regs: tuple[int, int] = (240, 24)
+    max_regs: int = 168
+    keys = 64
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """dq.py: 128 query rows a program, block_n keys a step, `stages` buffers of K, `v_stages` of V."""
+
+    block_n: int
+    stages: int
+    v_stages: int
+    regs: tuple[int, int] = (240, 24)
+    max_regs: int = 168
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One pass of five matmuls where there is one, else (and where gradients must be bit-equal) two of four and three."""
+
+    one_pass: KeysConfig | None
+    dkv: KeysConfig | RolesConfig
+    dq: RowsConfig
+
+
+def fit(pairs: Iterable[tuple[int, int]], head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
+    """The smallest of `pairs` that holds both head sizes, or None."""
+    return min((p for p in pairs if p[0] >= head_dim and p[1] >= v_head_dim), key=sum, default=None)
 
 
 _THREE = {"regs": (160, 32), "max_regs": 128}  # three consumers: four warpgroups share the register file
 
+# all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
-    64: ForwardConfig(2, 128, 3, late_cast=False),
-    128: ForwardConfig(2, 128, 2, late_cast=False),
+    (64, 64): ForwardConfig(2, 128, 3, late_cast=False),
+    (96, 96): ForwardConfig(2, 128, 3, late_cast=False),
+    (128, 128): ForwardConfig(2, 128, 2, late_cast=False),
+    (192, 128): ForwardConfig(2, 128, 2, late_cast=False),
+    (192, 192): ForwardConfig(2, 64, 3, late_cast=False),
+    (256, 256): ForwardConfig(2, 64, 2, late_cast=False),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
-    64: {
+    (64, 64): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
-        "wg3": ForwardConfig(3, 128, 2, late_cast=False, **_THREE),  # spills row numbers once an item, so never shipped: 0 is the rule
+        "wg3": ForwardConfig(3, 128, 2, late_cast=False, **_THREE),
+        "wg3nb3": ForwardConfig(3, 128, 3, late_cast=False, **_THREE),
         "poly1": ForwardConfig(2, 128, 3, late_cast=False, poly=1),
         "poly2": ForwardConfig(2, 128, 3, late_cast=False, poly=2),
         "wg3poly1": ForwardConfig(3, 128, 2, late_cast=False, poly=1, **_THREE),
         "wg3poly2": ForwardConfig(3, 128, 2, late_cast=False, poly=2, **_THREE),
         "late": ForwardConfig(2, 128, 3, late_cast=True),
     },
-    128: {
+    (96, 96): {
+        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+    },
+    (128, 128): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
         "late": ForwardConfig(2, 128, 2, late_cast=True),
         "nb3": ForwardConfig(2, 128, 3, late_cast=False),
         "poly1": ForwardConfig(2, 128, 2, late_cast=False, poly=1),
     },
-    256: {  # not shipped: there is no backward, and merging with a running partial spills
-        "plain": ForwardConfig(2, 64, 2, late_cast=False),
+    (192, 128): {
+        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+    },
+    (192, 192): {
+        "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
+        "late": ForwardConfig(2, 64, 3, late_cast=True),
+    },
+    (256, 256): {
         "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
         "late": ForwardConfig(2, 64, 2, late_cast=True),
     },
 }
 
 BACKWARD = {
-    64: BackwardConfig(64, 2, overlap=True, late=False),
-    128: BackwardConfig(64, 2, overlap=False, late=False),
+    (64, 64): BackwardConfig(
+        KeysConfig(64, 2, overlap=True, late=False), dkv=KeysConfig(64, 4, overlap=True, late=False), dq=RowsConfig(128, 2, 2)
+    ),
+    (128, 128): BackwardConfig(
+        KeysConfig(64, 2, overlap=False, late=False), dkv=KeysConfig(64, 2, overlap=False, late=False), dq=RowsConfig(128, 2, 2)
+    ),
+    (256, 128): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 2)),
+    (256, 256): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 1)),
 }
+_64, _128, _256 = BACKWARD[64, 64], BACKWARD[128, 128], BACKWARD[256, 256]
 BACKWARD_VARIANTS = {
-    64: {
-        "simple": BackwardConfig(64, 2, overlap=False, late=True),
-        "early": BackwardConfig(64, 2, overlap=False, late=False),
-        "m128": BackwardConfig(128, 2, overlap=True, late=True),
-        "m128s": BackwardConfig(128, 2, overlap=False, late=True),
-        "nb4": BackwardConfig(64, 4, overlap=True, late=False),
+    (64, 64): {
+        "simple": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "early": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=False)),
+        "m128": replace(_64, one_pass=KeysConfig(128, 2, overlap=True, late=True)),
+        "m128s": replace(_64, one_pass=KeysConfig(128, 2, overlap=False, late=True)),
+        "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=True, late=False)),
+        "two": replace(_64, one_pass=None),
+        "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
-    128: {
-        "simple": BackwardConfig(64, 2, overlap=False, late=True),
-        "overlap": BackwardConfig(64, 2, overlap=True, late=True),
+    (128, 128): {
+        "simple": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "overlap": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True)),
+        "two": replace(_128, one_pass=None),
+        "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
+        "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
+    },
+    (256, 256): {
+        "n32": replace(_256, dq=RowsConfig(32, 2, 2)),
+        "n32k4": replace(_256, dq=RowsConfig(32, 4, 2)),
+        "m32": replace(_256, dkv=RolesConfig(32, 4)),
     },
 }

@@ -4,6 +4,8 @@
     segment   the columns that a block meets in one entry: `total` tiles of BN columns from `first`; tiles `left` ..
               `left + inner - 1` need no mask, and are done last so that the loop over them has no mask code
     slot      one of NB buffers of K and of V; (slot, phase) walks on across items and never restarts
+    part      columns of a head: a side of a tensor or a box is a power of two, so 96, 192 and 256 are two (tma.parts). q, k, v (shared
+              memory) and acc are tuples of one or two parts: Q Kᵀ is a sum over them, P V one product for each
 
 Barriers (count): q_full (1, TMA), q_empty (NC), k_full, v_full (1, TMA), k_empty, v_empty (NC): qf, qe, kf, vf, ke, ve. A wait on an
 `empty` one starts with parity 1, which a fresh mbarrier lets pass. Six arrays, not one: for what may alias, Triton adds a bar.sync.
@@ -114,24 +116,77 @@ def as_operand(x, dtype: gl.constexpr, o_l: gl.constexpr):
 
 
 @gluon.jit
+def cast(x, k, acc):
+    """as_operand for every part of acc: how P lies in registers does not depend on their widths."""
+    o_l: gl.constexpr = acc[0].type.layout
+    return as_operand(x, k[0].dtype, o_l)
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """The rows of every part times `factor`."""
+    new = (acc[0] * gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None],)
+    for c in gl.static_range(1, len(acc)):
+        new = new + (acc[c] * gl.convert_layout(factor, gl.SliceLayout(1, acc[c].type.layout))[:, None],)
+    return new
+
+
+@gluon.jit
+def scores(q, k, cid: gl.constexpr, idx, zero):
+    """Issue Q Kᵀ of a tile: a sum over the parts of the head dim."""
+    s = warpgroup_mma(q[0].index(cid), k[0].index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
+    for c in gl.static_range(1, len(k)):
+        s = warpgroup_mma(q[c].index(cid), k[c].index(idx).permute([1, 0]), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def values(p, v, idx, acc):
+    """Issue P V of a tile, each part of its columns into an accumulator of its own."""
+    new = (warpgroup_mma(p, v[0].index(idx), acc[0], is_async=True),)
+    for c in gl.static_range(1, len(v)):
+        new = new + (warpgroup_mma(p, v[c].index(idx), acc[c], is_async=True),)
+    return new
+
+
+@gluon.jit
+def finished(acc, p):
+    """Wait for P V, of which p is an operand until then."""
+    if len(acc) == 1:
+        a, p = warpgroup_mma_wait(0, deps=[acc[0], p])
+        return (a,)
+    else:
+        a, b, p = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p])
+        return a, b
+
+
+@gluon.jit
+def before(idx, ph, NB: gl.constexpr):
+    """The slot filled before this one, and its phase. Computed, not carried: the loop has no register to spare."""
+    wrap = idx == 0
+    return gl.where(wrap, NB - 1, idx - 1), gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
 def step(
-    MASK: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr, q, kv, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, pidx, pph, qs,
-    n0, low, high, NB: gl.constexpr
+    MASK: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr, q, k, v, cid: gl.constexpr, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs,
+    n0, low, high
 ):  # fmt: skip
     """One column tile: QK of this tile and PV of the last one run together, the softmax of this tile beside PV.
 
     `x` carries the last tile's probabilities, in fp32 if LATE: the cast then hides behind QK, and the loop carries whole
     registers (16-bit values carried over a loop cost two PRMT a pair). Needs 32 more registers at BN = 128.
     """
-    o_l: gl.constexpr = acc.type.layout
     s_l: gl.constexpr = zero.type.layout
     BN: gl.constexpr = zero.type.shape[1]
+    NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(kf.index(idx), ph)
-    s = warpgroup_mma(q, kv.index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
-    p = as_operand(x, q.dtype, o_l) if LATE else x
+    s = scores(q, k, cid, idx, zero)
+    p = cast(x, k, acc) if LATE else x
+    pidx, pph = before(idx, ph, NB)
     mbarrier.wait(vf.index(pidx), pph)
-    acc = warpgroup_mma(p, kv.index(NB + pidx), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
+    acc = values(p, v, pidx, acc)
+    s = warpgroup_mma_wait(len(v), deps=[s])
     mbarrier.arrive(ke.index(idx), count=1)
     if MASK:
         cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
@@ -145,61 +200,91 @@ def step(
         x = exp2(gl.fma(s, qs, -top[:, None]), POLY)
         alpha = gl.exp2(m - top)
     l = l * alpha + gl.sum(x, 1)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    acc = finished(acc, p)
     mbarrier.arrive(ve.index(pidx), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_l))[:, None]
+    acc = scaled(acc, alpha)
     nxt = idx + 1
     wrap = nxt == NB
-    return top, l, acc, (x if LATE else as_operand(x, q.dtype, o_l)), gl.where(wrap, 0, nxt), gl.where(wrap, ph ^ 1, ph), idx, ph
+    return top, l, acc, (x if LATE else cast(x, k, acc)), gl.where(wrap, 0, nxt), gl.where(wrap, ph ^ 1, ph)
 
 
 @gluon.jit
-def cells(b, h, rows, heads, t, D: gl.constexpr, layout: gl.constexpr):
-    """Offsets of rows of a contiguous [B, T, H, D] tensor, in int64: B * T * H * D may pass 2^31."""
-    at = (b.to(gl.int64) * t * heads + h) * D + rows.to(gl.int64) * (heads * D)
-    return at[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, layout))[None, :]
+def lines(layout: gl.constexpr):
+    """0 .. 63. Of these a thread holds two, 8 apart: one register over the main loop, not two, of which three consumers would spill one."""
+    i = gl.arange(0, 64, layout=layout)
+    return again(i & 0x37) + (i & 8)
 
 
 @gluon.jit
 def limits(segments, sg, start, r_l: gl.constexpr):
     """A segment, and the columns low <= j < high that each of 64 rows from `start` keeps in it."""
+    return bounds(segments, sg, start + gl.arange(0, 64, layout=r_l))
+
+
+@gluon.jit
+def bounds(segments, sg, rows):
+    """`limits` of these rows."""
     at = segments + 8 * sg
-    rows = start + gl.arange(0, 64, layout=r_l)
     low = rows + gl.load(at + 2)
     high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
     return gl.load(at), low, high, gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
 
 
 @gluon.jit
+def write(O, A, b, h, start, stop, heads, t, acc, new, old, FIRST: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr):
+    """One part, columns from FIRST on, of 64 rows of contiguous [B, T, H, DV]: O = acc * new, plus A * old if there is one."""
+    layout: gl.constexpr = acc.type.layout
+    W: gl.constexpr = acc.type.shape[1]
+    r_l: gl.constexpr = gl.SliceLayout(1, layout)
+    gl.static_assert(FIRST < DV)  # the compiler removes a product that nobody stores, and step's wait would count one that is not there
+    rows = start + lines(r_l)
+    cols = FIRST + gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    line = (b.to(gl.int64) * t * heads + h) * DV + rows.to(gl.int64) * (heads * DV)  # B * T * H * DV may pass 2^31
+    at = line[:, None] + cols[None, :]
+    inside = rows[:, None] < stop
+    if FIRST + W > DV:
+        inside = inside & (cols[None, :] < DV)
+    acc = acc * gl.convert_layout(new, r_l)[:, None]
+    if HAS_ACC:
+        acc += gl.load(A + at, mask=inside, other=0.0) * gl.convert_layout(old, r_l)[:, None]
+    gl.store(O + at, acc.to(O.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def zeros(columns):
+    """An accumulator for one part of V."""
+    D: gl.constexpr = columns.shape[2]
+    return gl.zeros([64, D], gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
+
+
+@gluon.jit
 def consumer(
-    cid: gl.constexpr, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads, t_q,
-    BN: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, HAS_ACC: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr
+    cid: gl.constexpr, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads, t_q,
+    DV: gl.constexpr, HAS_ACC: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
+    NB: gl.constexpr = k[0].shape[0]
+    BN: gl.constexpr = k[0].shape[1]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     r_l: gl.constexpr = gl.SliceLayout(1, s_l)
-    ro_l: gl.constexpr = gl.SliceLayout(1, o_l)
     LN2: gl.constexpr = 0.6931471805599453
     LOG2E: gl.constexpr = 1.4426950408889634
     zero = gl.zeros([64, BN], gl.float32, layout=s_l)
-    q = qb.index(cid)
     idx = 0
     ph = 0
-    qph = 0
     for r in range(rounds):
         live, block, b, h = pick(r, order, rounds, heads)
         if live:
             start = gl.load(blocks + 4 * block) + cid * 64
             seg = gl.load(blocks + 4 * block + 2)
             n_seg = gl.load(blocks + 4 * block + 3)
-            first, low, high, left, inner, total = limits(segments, seg, start, r_l)
+            first, low, high, left, inner, total = bounds(segments, seg, start + lines(r_l))
 
             # the first tile, always masked (a mask that cuts nothing costs little once an item): no PV to go with it
             n0 = first + tile_of(0, left, inner, total - inner) * BN
-            mbarrier.wait(qf.index(0), qph)
+            mbarrier.wait(qf.index(0), r & 1)  # a program's items have no gaps: item r is the r-th Q
             mbarrier.wait(kf.index(idx), ph)
-            s = warpgroup_mma(q, kv.index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
+            s = scores(q, k, cid, idx, zero)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(ke.index(idx), count=1)
             cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
@@ -207,35 +292,32 @@ def consumer(
             m = gl.max(s, 1) * qs
             x = gl.exp2(gl.fma(s, qs, -gl.where(m == float("-inf"), 0.0, m)[:, None]))
             l = gl.sum(x, 1)
-            acc = gl.zeros([64, D], gl.float32, layout=o_l)
+            acc = (zeros(v[0]),) if len(v) == 1 else (zeros(v[0]), zeros(v[1]))
             if not LATE:
-                x = as_operand(x, q.dtype, o_l)
-            pidx = idx
-            pph = ph
+                x = cast(x, k, acc)
             idx = idx + 1
             wrap = idx == NB
             idx = gl.where(wrap, 0, idx)
             ph = gl.where(wrap, ph ^ 1, ph)
 
             for sg in range(seg, seg + n_seg):
-                first, low, high, left, inner, total = limits(segments, sg, start, r_l)
+                first, low, high, left, inner, total = bounds(segments, sg, start + lines(r_l))
                 masked = total - inner
                 done = gl.where(sg == seg, 1, 0)  # not carried: a constant assigned in a loop is lost in Triton's inliner
                 for i in range(done, masked):
                     n0 = first + tile_of(i, left, inner, masked) * BN
-                    m, l, acc, x, idx, ph, pidx, pph = step(
-                        True, LATE, POLY, q, kv, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, pidx, pph, qs, n0, low, high, NB
+                    m, l, acc, x, idx, ph = step(
+                        True, LATE, POLY, q, k, v, cid, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
                     )  # fmt: skip
                 for _ in range(gl.maximum(masked, done), total):
-                    m, l, acc, x, idx, ph, pidx, pph = step(
-                        False, LATE, POLY, q, kv, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, pidx, pph, qs, 0, low, high, NB
+                    m, l, acc, x, idx, ph = step(
+                        False, LATE, POLY, q, k, v, cid, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
                     )  # fmt: skip
             mbarrier.arrive(qe.index(0), count=1)
-            qph = qph ^ 1
-            p = as_operand(x, q.dtype, o_l) if LATE else x
+            p = cast(x, k, acc) if LATE else x
+            pidx, pph = before(idx, ph, NB)
             mbarrier.wait(vf.index(pidx), pph)
-            acc = warpgroup_mma(p, kv.index(NB + pidx), acc, is_async=True)
-            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            acc = finished(values(p, v, pidx, acc), p)
             mbarrier.arrive(ve.index(pidx), count=1)
 
             heads_out = again(heads)
@@ -243,11 +325,8 @@ def consumer(
             live, block, b, h = pick(again(r), order, rounds, heads_out)
             start = gl.load(blocks + 4 * block) + cid * 64
             stop = gl.load(blocks + 4 * block + 1)
-            rows = start + gl.arange(0, 64, layout=r_l)
-            rows_o = start + gl.arange(0, 64, layout=ro_l)
+            rows = start + lines(r_l)
             line = (b.to(gl.int64) * heads_out + h) * t_out
-            at = cells(b, h, rows_o, heads_out, t_out, D, o_l)
-            inside = rows_o[:, None] < stop
             if HAS_ACC:  # merge with the earlier visits' (out, lse), 2^x inside: both weights are over the new sum
                 old = gl.load(AM + line + rows, mask=rows < stop, other=float("-inf")) * LOG2E
                 top = gl.maximum(m, old)
@@ -257,26 +336,45 @@ def consumer(
                 l = l * new + old
                 weight = gl.where(l > 0.0, 1.0 / l, 0.0)
                 gl.store(M + line + rows, gl.where(l > 0.0, (top + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
-                acc = acc * gl.convert_layout(weight * new, ro_l)[:, None]
-                acc += gl.load(A + at, mask=inside, other=0.0) * gl.convert_layout(weight * old, ro_l)[:, None]
+                new = weight * new
+                old = weight * old
             else:
-                weight = gl.where(l > 0.0, 1.0 / l, 0.0)
+                new = gl.where(l > 0.0, 1.0 / l, 0.0)
+                old = new
                 gl.store(M + line + rows, gl.where(l > 0.0, (m + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
-                acc = acc * gl.convert_layout(weight, ro_l)[:, None]
-            gl.store(O + at, acc.to(O.dtype.element_ty), mask=inside)
+            write(O, A, b, h, start, stop, heads_out, t_out, acc[0], new, old, 0, DV, HAS_ACC)
+            if len(acc) == 2:  # after the first part's store, from addresses of its own: the registers of one part at a time
+                write(O, A, b, h, again(start), stop, heads_out, t_out, acc[1], new, old, v[0].shape[2], DV, HAS_ACC)
+
+
+@gluon.constexpr_function
+def tile_bytes(tiles):
+    """Of one tile, all its parts, of 16-bit elements."""
+    return sum(part.shape[1] * part.shape[2] * 2 for part in tiles)
+
+
+@gluon.jit
+def fill(tiles, slot, desc, desc2, b, h, row, full):
+    """One tile from row `row`, a box a part."""
+    tma_load(desc, [b, h, row, 0], full, tiles[0].index(slot))
+    if desc2 is not None:
+        tma_load(desc2, [b, h, row, desc.block_shape[3]], full, tiles[1].index(slot))
 
 
 @gluon.jit
 def producer(
-    desc_q, desc_k, desc_v, qb, kv, qf, qe, kf, ke, vf, ve, blocks, segments, order, rounds, heads, group,
-    NC: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NB: gl.constexpr
+    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, blocks, segments, order, rounds, heads, group
 ):  # fmt: skip
-    """The TMA warp: Q of an item, then its K and V tile by tile, in the consumers' order."""
+    """The TMA warp: Q of an item, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box is
+    filled with zeros, and counts in full."""
+    NC: gl.constexpr = q[0].shape[0]
+    NB: gl.constexpr = k[0].shape[0]
+    BN: gl.constexpr = k[0].shape[1]
     idx = 0
     ph = 1
-    qph = 1
-    q_bytes: gl.constexpr = NC * 64 * D * 2
-    kv_bytes: gl.constexpr = BN * D * 2
+    q_bytes: gl.constexpr = NC * tile_bytes(q)
+    k_bytes: gl.constexpr = tile_bytes(k)
+    v_bytes: gl.constexpr = tile_bytes(v)
     for r in range(rounds):
         live, block, b, h = pick(r, order, rounds, heads)
         if live:
@@ -284,11 +382,10 @@ def producer(
             seg = gl.load(blocks + 4 * block + 2)
             n_seg = gl.load(blocks + 4 * block + 3)
             hk = h // group
-            mbarrier.wait(qe.index(0), qph)
+            mbarrier.wait(qe.index(0), (r & 1) ^ 1)
             mbarrier.expect(qf.index(0), q_bytes)
             for c in gl.static_range(NC):
-                tma_load(desc_q, [b, h, start + c * 64, 0], qf.index(0), qb.index(c))
-            qph = qph ^ 1
+                fill(q, c, desc_q, desc_q2, b, h, start + c * 64, qf.index(0))
             for sg in range(seg, seg + n_seg):
                 first = gl.load(segments + 8 * sg)
                 left = gl.load(segments + 8 * sg + 4)
@@ -297,30 +394,43 @@ def producer(
                 for i in range(total):
                     n0 = first + tile_of(i, left, inner, total - inner) * BN
                     mbarrier.wait(ke.index(idx), ph)
-                    mbarrier.expect(kf.index(idx), kv_bytes)
-                    tma_load(desc_k, [b, hk, n0, 0], kf.index(idx), kv.index(idx))
+                    mbarrier.expect(kf.index(idx), k_bytes)
+                    fill(k, idx, desc_k, desc_k2, b, hk, n0, kf.index(idx))
                     mbarrier.wait(ve.index(idx), ph)
-                    mbarrier.expect(vf.index(idx), kv_bytes)
-                    tma_load(desc_v, [b, hk, n0, 0], vf.index(idx), kv.index(NB + idx))
+                    mbarrier.expect(vf.index(idx), v_bytes)
+                    fill(v, idx, desc_v, desc_v2, b, hk, n0, vf.index(idx))
                     idx = idx + 1
                     wrap = idx == NB
                     idx = gl.where(wrap, 0, idx)
                     ph = gl.where(wrap, ph ^ 1, ph)
 
 
+@gluon.jit
+def buffers(n: gl.constexpr, desc, desc2):
+    """Shared memory for n tiles of what the descriptors read, a buffer a part."""
+    shape: gl.constexpr = desc.block_shape
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape[2], shape[3]], desc.dtype)
+    one = gl.allocate_shared_memory(desc.dtype, [n, shape[2], shape[3]], layout)
+    if desc2 is None:
+        return (one,)
+    else:
+        shape2: gl.constexpr = desc2.block_shape
+        layout2: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape2[2], shape2[3]], desc.dtype)
+        return one, gl.allocate_shared_memory(desc.dtype, [n, shape2[2], shape2[3]], layout2)
+
+
 @gluon.jit(do_not_specialize=["rounds", "heads", "group", "t_q"])
 def forward_kernel(
-    desc_q, desc_k, desc_v, O, M, A, AM, blocks, segments, order, qs, rounds, heads, group, t_q,
-    NC: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NB: gl.constexpr, HAS_ACC: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr,
+    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, O, M, A, AM, blocks, segments, order, qs, rounds, heads, group, t_q,
+    NC: gl.constexpr, NB: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, LATE: gl.constexpr, POLY: gl.constexpr,
     REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at most `rounds` items each: order [programs, rounds, 2]. desc_*: [B, H, T, D] views, boxes of 64 or
-    BN rows; O, A [B, T, H, D]; M, AM [B, H, T] natural log."""
-    dtype: gl.constexpr = desc_q.dtype
-    ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    kl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
-    qb = gl.allocate_shared_memory(dtype, [NC, 64, D], ql)
-    kv = gl.allocate_shared_memory(dtype, [2 * NB, BN, D], kl)
+    BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A [B, T, H, DV]; M, AM [B, H, T]
+    natural log."""
+    q = buffers(NC, desc_q, desc_q2)
+    k = buffers(NB, desc_k, desc_k2)
+    v = buffers(NB, desc_v, desc_v2)
     bl: gl.constexpr = mbarrier.MBarrierLayout()
     qf = gl.allocate_shared_memory(gl.int64, [1, 1], bl)
     qe = gl.allocate_shared_memory(gl.int64, [1, 1], bl)
@@ -339,12 +449,12 @@ def forward_kernel(
     if NC == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
-                 t_q, BN, D, NB, HAS_ACC, LATE, POLY)),
-                (consumer, (1, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
-                 t_q, BN, D, NB, HAS_ACC, LATE, POLY)),
-                (producer, (desc_q, desc_k, desc_v, qb, kv, qf, qe, kf, ke, vf, ve, blocks, segments, order, rounds, heads,
-                 group, NC, BN, D, NB)),
+                (consumer, (0, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
+                 t_q, DV, HAS_ACC, LATE, POLY)),
+                (consumer, (1, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
+                 t_q, DV, HAS_ACC, LATE, POLY)),
+                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, blocks, segments, order,
+                 rounds, heads, group)),
             ],
             [4, 1],
             [REGS, REGS_P],
@@ -352,14 +462,14 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
-                 t_q, BN, D, NB, HAS_ACC, LATE, POLY)),
-                (consumer, (1, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
-                 t_q, BN, D, NB, HAS_ACC, LATE, POLY)),
-                (consumer, (2, qb, kv, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
-                 t_q, BN, D, NB, HAS_ACC, LATE, POLY)),
-                (producer, (desc_q, desc_k, desc_v, qb, kv, qf, qe, kf, ke, vf, ve, blocks, segments, order, rounds, heads,
-                 group, NC, BN, D, NB)),
+                (consumer, (0, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
+                 t_q, DV, HAS_ACC, LATE, POLY)),
+                (consumer, (1, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
+                 t_q, DV, HAS_ACC, LATE, POLY)),
+                (consumer, (2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, blocks, segments, order, qs, rounds, heads,
+                 t_q, DV, HAS_ACC, LATE, POLY)),
+                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, blocks, segments, order,
+                 rounds, heads, group)),
             ],
             [4, 4, 1],
             [REGS, REGS, REGS_P],

@@ -1,31 +1,37 @@
 """HopperKernel: the Kernel protocol over the Gluon kernels; its backward is in gradients.py. Host side only: checks, buffers, launch.
 
-Legend: B batch, Tq / Tk local queries / keys, H query heads, Hk key/value heads, D head dim.
+Legend: B batch, Tq / Tk local queries / keys, H query heads, Hk key/value heads, D, Dv head dims.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from distflash.kernels.base import Partial, Problem
 from distflash.kernels.hopper import configs, gradients
-from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig
+from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, fit
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.schedule import schedule
 from distflash.kernels.hopper.stats import delta_kernel
-from distflash.kernels.hopper.tma import descriptor, heads_at_once, launch, legal, sms
+from distflash.kernels.hopper.tma import descriptors, heads_at_once, launch, legal, sms
 from distflash.tile import Tiles
 
 _LOG2E = 1.4426950408889634
+Config = TypeVar("Config")
+Served = Mapping[tuple[int, int], Config]  # by tiles of (query and key, value) head size, as configs.FORWARD
 
 
 class HopperKernel:
-    """Gluon kernels for sm_90: bf16 and fp16, D = Dv of 64 and 128."""
+    """Gluon kernels for sm_90: bf16 and fp16, head dims up to those of the largest tiles; what lies between is padded by TMA."""
 
     name = "hopper"
 
-    def __init__(self, forward: dict[int, ForwardConfig] | None = None, backward: dict[int, BackwardConfig] | None = None):
+    def __init__(self, forward: Served[ForwardConfig] | None = None, backward: Served[BackwardConfig] | None = None):
         self._forward = forward or configs.FORWARD
         self._backward = backward or configs.BACKWARD
 
@@ -37,23 +43,28 @@ class HopperKernel:
             return f"hopper kernels need compute capability 9.0, {problem.device} has {capability[0]}.{capability[1]}"
         if problem.dtype not in (torch.bfloat16, torch.float16):
             return f"hopper kernels compute in bf16 and fp16, not in {problem.dtype}"
-        if problem.head_dim != problem.v_head_dim:
-            return f"hopper kernels need one head dim for keys and values, got {problem.head_dim} and {problem.v_head_dim}"
-        if problem.head_dim not in self._forward or problem.head_dim not in self._backward:
-            served = sorted(self._forward.keys() & self._backward.keys())
-            return f"hopper kernels serve head dims of {' and '.join(map(str, served))}, got {problem.head_dim}"
-        if problem.deterministic:
-            return "the hopper backward adds up dq in the order in which programs finish: not bit-equal from run to run"
+        sides = problem.head_dim, problem.v_head_dim
+        if not fit(self._forward, *sides) or not fit(self._backward, *sides):
+            most = [max(pair[n] for pair in tiles) for n in (0, 1) for tiles in (self._forward, self._backward)]
+            return (
+                f"hopper kernels serve head dims of up to {min(most[:2])}, values of up to {min(most[2:])}, got {sides[0]} and {sides[1]}"
+            )
         return None
+
+    def deterministic(self) -> HopperKernel:
+        """This kernel without the one pass that adds up dq in the order in which programs finish."""
+        return HopperKernel(self._forward, {sides: replace(config, one_pass=None) for sides, config in self._backward.items()})
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
     ) -> Partial:
         """Attend over `tiles` and merge with `acc`; in place where acc is contiguous and `out` stays fp32."""
-        B, Tq, H, D = q.shape
-        Hk, config = k.shape[2], self._forward[D]
+        (B, Tq, H, D), (Hk, Dv) = q.shape, v.shape[2:]
+        sides = fit(self._forward, D, Dv)
+        assert sides, "supports() refuses head dims that no configuration holds"
+        config = self._forward[sides]
         work = schedule(tiles, config.block_m, config.block_n, q.device)
-        out, lse = _outputs(q, acc, dtype or torch.float32, work.idle)
+        out, lse = _outputs((B, Tq, H, Dv), q.device, acc, dtype or torch.float32, work.idle)
         items = work.busy * B * H
         if items == 0:
             return Partial(out, lse)
@@ -61,13 +72,14 @@ class HopperKernel:
             q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
         q, k, v = (legal(t) for t in (q, k, v))
         programs = min(items, sms(q.device)) if config.persistent else items
-        order = work.order(B * H, heads_at_once(B * H, 4 * tiles.kv_len * D * Hk // H), programs)
+        order = work.order(B * H, heads_at_once(B * H, 2 * tiles.kv_len * (D + Dv) * Hk // H), programs)
         launch(
             forward_kernel, (programs,),
-            descriptor(q, Tq, 64), descriptor(k, work.reach, config.block_n), descriptor(v, work.reach, config.block_n),
+            *descriptors(q, Tq, 64, sides[0]), *descriptors(k, work.reach, config.block_n, sides[0]),
+            *descriptors(v, work.reach, config.block_n, sides[1]),
             out, lse, lse if acc is None else acc.out.contiguous(), lse, work.blocks, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
-            config.consumers, config.block_n, D, config.stages, acc is not None, config.late_cast, config.poly, *config.regs,
+            config.consumers, config.stages, Dv, acc is not None, config.late_cast, config.poly, *config.regs,
             num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)
@@ -99,18 +111,22 @@ class HopperKernel:
         dq_dtype: torch.dtype | None = None,
         dkv_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv; dq in place where it is contiguous and stays fp32. Not bit-equal from run to run."""
+        """dq, dk, dv; dq in place where it is contiguous and stays fp32. Bit-equal from run to run only if `deterministic()`."""
+        sides = fit(self._backward, q.shape[-1], v.shape[-1])
+        assert sides, "supports() refuses head dims that no configuration holds"
         return gradients.backward(
-            self._backward[q.shape[-1]], dout, q, k, v, lse, delta, tiles, scale, dq=dq, dq_dtype=dq_dtype, dkv_dtype=dkv_dtype
+            self._backward[sides], sides, dout, q, k, v, lse, delta, tiles, scale, dq=dq, dq_dtype=dq_dtype, dkv_dtype=dkv_dtype
         )  # fmt: skip
 
 
-def _outputs(q: Tensor, acc: Partial | None, dtype: torch.dtype, idle: bool) -> tuple[Tensor, Tensor]:
-    """Where a forward writes: rows that no block covers already hold what they end with."""
-    B, T, H, D = q.shape
+def _outputs(
+    shape: tuple[int, int, int, int], device: torch.device, acc: Partial | None, dtype: torch.dtype, idle: bool
+) -> tuple[Tensor, Tensor]:
+    """Where a forward writes out of `shape` [B, Tq, H, Dv], and lse: rows that no block covers already hold what they end with."""
+    B, T, H, _ = shape
     if acc is None:
-        out = (torch.zeros if idle else torch.empty)((B, T, H, D), dtype=dtype, device=q.device)
-        lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+        out = (torch.zeros if idle else torch.empty)(shape, dtype=dtype, device=device)
+        lse = torch.empty((B, H, T), dtype=torch.float32, device=device)
         return out, lse.fill_(float("-inf")) if idle else lse
     out, lse = acc.out.contiguous(), acc.lse.contiguous()
     if out.dtype == dtype:

@@ -25,22 +25,36 @@ def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
 
 
 def legal(t: Tensor) -> Tensor:
-    """`t`, copied if TMA cannot read it: 16-byte multiples for the address and every stride, the last dimension contiguous."""
+    """`t`, copied if TMA cannot read it: 16-byte multiples for the address and every stride, the last dimension contiguous. The copy's
+    lines are as long as that needs: a narrow view of a wider buffer where the last dimension is no multiple of 16 bytes."""
     unit = 16 // t.element_size()
     steps = (s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
     if t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in steps):
         return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
+    wide = torch.empty((*t.shape[:-1], -(-t.shape[-1] // unit) * unit), dtype=t.dtype, device=t.device)
+    return wide[..., : t.shape[-1]].copy_(t)
 
 
 def descriptor(t: Tensor, length: int, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """[B, T, H, D] as [B, H, T, D] in boxes of [1, 1, rows, columns]; tokens from `length` on read as zeros."""
+    """[B, T, H, D] as [B, H, T, D] in boxes of [1, 1, rows, columns]; tokens from `length` on, and columns from D on, read as zeros."""
     B, _, H, D = t.shape
     b, s, h, _ = t.stride()
     aligned = H * D * 8  # any legal number: the stride of a dimension of size 1 is never used, but is checked
     box = [1, 1, rows, columns or D]
     return TensorDescriptor(t, [B, H, length, D], [b if B > 1 else aligned, h if H > 1 else aligned, s if t.shape[1] > 1 else aligned, 1],
                             box, _layout(tuple(box), t.dtype))  # fmt: skip
+
+
+def parts(side: int, head_dim: int) -> tuple[int, int]:
+    """A tile's side in powers of two of up to 128, as tensors and boxes have them: one, or two where head_dim goes past the first."""
+    first = min(128, 1 << (side.bit_length() - 1))
+    return first, side - first if head_dim > first else 0
+
+
+def descriptors(t: Tensor, length: int, rows: int, side: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """`descriptor` in boxes of the first and of the second part of `side`, None where there is no second."""
+    first, second = parts(side, t.shape[-1])
+    return descriptor(t, length, rows, first), descriptor(t, length, rows, second) if second else None
 
 
 def vector(t: Tensor, width: int) -> TensorDescriptor:

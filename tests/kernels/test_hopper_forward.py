@@ -1,0 +1,78 @@
+"""The Hopper forward's own source, kernel and host side, run on a CPU by gluon_on_cpu against fp64 dense attention: every mask, head size
+and way to store, and that no barrier, buffer or copy is used in an order that only luck keeps right."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from distflash.kernels.base import Partial
+from distflash.kernels.reference import ReferenceKernel
+from tests.kernels import gluon_on_cpu
+from tests.kernels.test_hopper_emulated import BUDGET, TABLES, inputs
+
+
+def forward(q, k, v, tiles, scale, *, variant=None, seed=0, programs=3, **options):
+    with gluon_on_cpu.emulated("host", seed, programs) as host:
+        configs = sys.modules["distflash.kernels.hopper.configs"]
+        chosen = dict(configs.FORWARD)
+        if variant:
+            sides = configs.fit(chosen, q.shape[-1], v.shape[-1])
+            chosen[sides] = configs.FORWARD_VARIANTS[sides][variant]
+        return host.HopperKernel(chosen).forward(q, k, v, tiles, scale, **options)
+
+
+def judge(found, q, k, v, tiles, scale, dtype, before=None):
+    q, k, v = (x.double() for x in (q, k, v))
+    before = Partial(*(x.double() for x in before)) if before else None
+    out, lse = ReferenceKernel().forward(q, k, v, tiles, scale, acc=before)
+    assert found.out.shape == out.shape and found.out.is_contiguous() and found.lse.dtype == torch.float32
+    assert (found.out.double() - out).norm() <= BUDGET[dtype] * out.norm()
+    torch.testing.assert_close(found.lse.double(), lse, atol=1e-4, rtol=1e-5)
+    assert (found.out[out == 0] == 0).all()  # rows that see nothing
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_every_kind_of_mask(head_dim, table):
+    tiles, scale = TABLES[table], head_dim**-0.5
+    q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16)
+    judge(forward(q, k, v, tiles, scale, dtype=torch.bfloat16), q, k, v, tiles, scale, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("head_dim", "v_head_dim"),
+    [(8, 8), (59, 59), (64, 64), (72, 48), (80, 80), (96, 96), (100, 36), (128, 128), (128, 64), (192, 128), (130, 20), (192, 192),
+     (256, 256), (255, 1), (65, 200)],
+)  # fmt: skip
+def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, dtype):
+    tiles, scale = TABLES["empty rows"], head_dim**-0.5
+    q, k, v, like = inputs(tiles, head_dim, v_head_dim, dtype)
+    judge(forward(q, k, v, tiles, scale, dtype=dtype), q, k, v, tiles, scale, dtype)
+    generator = torch.Generator().manual_seed(1)
+    before = Partial(*(torch.randn(shape, generator=generator) for shape in (like.shape, (1, 4, 300))))
+    before.lse[..., 50:150] = float("-inf")
+    before.out[:, 50:150] = 0
+    for stored in (None, dtype):
+        acc = Partial(before.out.clone(), before.lse.clone())
+        judge(forward(q, k, v, tiles, scale, acc=acc, dtype=stored), q, k, v, tiles, scale, dtype, before)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "variant"), [(64, "wg3"), (64, "wg3nb3"), (64, "late"), (64, "simple"), (96, "simple"), (256, "late")]
+)
+def test_variants_with_many_items_a_program(head_dim, variant):
+    tiles, scale = TABLES["documents"], head_dim**-0.5
+    q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16, batch=2)
+    for programs in (1, 5):
+        found = forward(q, k, v, tiles, scale, variant=variant, programs=programs, seed=programs)
+        judge(found, q, k, v, tiles, scale, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [-0.125, 0.0])
+def test_scales_that_are_not_positive(scale):
+    q, k, v, _ = inputs(TABLES["causal"], 80, 80, torch.bfloat16)
+    judge(forward(q, k, v, TABLES["causal"], scale), q, k, v, TABLES["causal"], scale, torch.bfloat16)
