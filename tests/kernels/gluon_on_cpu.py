@@ -31,6 +31,13 @@ def value(x) -> Value:
     return torch.as_tensor(x).as_subclass(Value)
 
 
+class Constexpr:
+    """An annotation; called, what it is given."""
+
+    def __new__(cls, x):
+        return x
+
+
 class Pointer:
     """Elements of a contiguous tensor."""
 
@@ -299,7 +306,7 @@ def _modules() -> dict[str, ModuleType]:
     layout.get_default_for = lambda *a, **k: None
     gl = ModuleType("language")
     vars(gl).update(
-        constexpr=object, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int64=torch.int64, int32=torch.int32,
+        constexpr=Constexpr, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int64=torch.int64, int32=torch.int32,
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
         program_id=lambda axis: value(_LOCAL.program), arange=lambda a, b, layout=None: value(torch.arange(a, b)),
         zeros=lambda shape, dtype, layout=None: value(torch.zeros(shape, dtype=dtype)), load=_load, store=_store,
@@ -316,8 +323,9 @@ def _modules() -> dict[str, ModuleType]:
         mbarrier=SimpleNamespace(MBarrierLayout=layout, init=_init, expect=_expect, arrive=_arrive, wait=_wait),
     )  # fmt: skip
     vars(compat).update(
-        NVMMASharedLayout=layout, TensorDescriptor=Descriptor, group_sync=_group_sync, tma_load=_tma_load, tma_reduce_add=_tma_reduce_add
-    )
+        NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, group_sync=_group_sync, tma_load=_tma_load,
+        tma_reduce_add=_tma_reduce_add,
+    )  # fmt: skip
     stats = ModuleType("stats")
     stats.stats_kernel, stats.delta_kernel = _stats, None  # type: ignore[attr-defined]
     root = "triton.experimental"

@@ -109,3 +109,13 @@ def test_scales_that_are_not_positive(scale):
         before = torch.ones(want[0].shape)
         dq, dk, dv = backward(*tensors, lse, delta, tiles, scale, deterministic=deterministic, dq=before)
         judge((dq - 1, dk, dv), want, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "variant"), [(64, "halves"), (64, "halves_overlap"), (64, "kv_in_memory"), (64, "overlap"), (64, "nb4"), (128, "early")]
+)
+def test_variants_of_the_one_pass(head_dim, variant):
+    tiles, scale = TABLES["documents"], head_dim**-0.5
+    tensors = inputs(tiles, head_dim, head_dim, torch.bfloat16)
+    lse, delta, want = truth(*tensors, tiles, scale)
+    judge(backward(*tensors, lse, delta, tiles, scale, deterministic=False, variant=variant, seed=3), want, torch.bfloat16)

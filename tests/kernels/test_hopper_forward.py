@@ -62,7 +62,7 @@ def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, 
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "variant"), [(64, "wg3"), (64, "wg3nb3"), (64, "late"), (64, "simple"), (96, "simple"), (256, "late")]
+    ("head_dim", "variant"), [(64, "wg2"), (64, "wg3nb3"), (64, "late"), (64, "simple"), (96, "simple"), (256, "late")]
 )
 def test_variants_with_many_items_a_program(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5

@@ -3,14 +3,17 @@
     program   one block of 128 keys of one head of one batch element; loops over the query heads of its group (no atomics on dK, dV),
               their segments and tiles of BM queries (schedule.py's work list, transposed: rows are keys, columns are queries)
     consumer  64 of the keys. Sᵀ = K Qᵀ and dPᵀ = V dOᵀ live in registers, and as P and dS are the register operands of
-              dV += P dO and dK += dS Q; dS also goes through shared memory: dQ sums over both consumers;
-              each consumer computes half of dQ (half the columns; half the rows where BM is 128)
-    WITH_DQ   off: dK and dV alone, which are bit-equal from run to run; dq.py computes dQ then. No barrier between the consumers is left
+              dV += P dO and dK += dS Q; dS also goes through shared memory, as dQ sums over both consumers
+    DQ        who computes dQ. HALVES: each consumer half of it (half the columns; half the rows where BM is 128), after a barrier
+              of both. REDUCER: a third warpgroup, so that the consumers never wait for each other, nor for dQ's way out; it takes
+              the registers that D = 128 needs. NONE: dK and dV alone, bit-equal from run to run; dq.py computes dQ then
+    KV_REGS   K and V are register operands of Sᵀ and dPᵀ: a third less shared memory is read. 32 registers at D = 64
     stats     -lse in base 2 (-inf where a row saw no key, so that its P is 0) and -delta, one fp32 vector each; a tile's slice of
               them travels with Q and dO into shared memory and is read just before use: kept in registers they spill
 
-Barriers (count): kv_full (1, TMA), NB each of q_full, do_full (1, TMA), q_empty, do_empty (2). Named barrier 10: dS of both is stored.
-dS has two buffers: at the barrier of step i the other consumer has finished dQ of step i - 1, so buffer i + 1 is free without a second one.
+Barriers (count): kv_full (1, TMA), NB each of q_full, do_full (1, TMA), q_empty, do_empty (2). dS has two buffers. HALVES: named barrier
+10, dS of both is stored; at that of step i the other has finished dQ of step i - 1, so buffer i + 1 is free without a second one.
+REDUCER: two each of ds_full (2) and ds_empty (1).
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
 """
 
@@ -20,8 +23,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from distflash.kernels.hopper import configs
 from distflash.kernels.hopper.compat import group_sync, tma_load, tma_reduce_add
 from distflash.kernels.hopper.forward import again, as_operand, lines, tile_of
+
+HALVES = gl.constexpr(configs.HALVES)
+REDUCER = gl.constexpr(configs.REDUCER)
 
 
 @gluon.jit
@@ -62,7 +69,7 @@ def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.cons
 @gluon.jit
 def step(
     cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr,
-    WITH_DQ: gl.constexpr, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk, dv, zs, zq, state, qs,
+    DQ: gl.constexpr, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs,
     scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
     """The next tile of queries; `state` counts them, modulo 16.
@@ -97,22 +104,27 @@ def step(
     else:
         ds = p * (dp + nde[None, :])
     ds16 = ds.to(q.dtype)
-    if WITH_DQ:
-        mine = dsb.index(it % 2)
+    mine = dsb.index(it % 2)
+    if DQ == HALVES:
         mine.slice(cid * 64, 64, 0).store(ds16)
         fence_async_shared()
     if LATE:
         pb = as_operand(p, q.dtype, kv_l)
         dv = warpgroup_mma(pb, do, dv, is_async=True)
-    if WITH_DQ:
+    if DQ == HALVES:
         group_sync(10, 256)
+    if DQ == REDUCER:
+        mbarrier.wait(dse.index(it % 2), 1 - ((it // 2) & 1))
+        mine.slice(cid * 64, 64, 0).store(ds16)
+        fence_async_shared()
+        mbarrier.arrive(dsf.index(it % 2), count=1)
     dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
-    if WITH_DQ:
+    if DQ == HALVES:
         if SPLIT_M:
             dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
         else:
             dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
-    if LATE and WITH_DQ:
+    if LATE and DQ == HALVES:
         dv, pb = warpgroup_mma_wait(1, deps=[dv, pb])
         mbarrier.arrive(doe.index(slot), count=1)
     dk = warpgroup_mma(dsr, q, dk, is_async=True)
@@ -120,7 +132,7 @@ def step(
         mbarrier.wait(qf.index((it + 1) % NB), ((it + 1) // NB) & 1)
         st = warpgroup_mma(ks, qb.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
     behind: gl.constexpr = 2 if OVERLAP else 1
-    if WITH_DQ:
+    if DQ == HALVES:
         if LATE:
             dq = warpgroup_mma_wait(behind, deps=[dqt])
         else:
@@ -196,33 +208,36 @@ def store_keys(out, x, blocks, busy, per, kv_heads, t_k, first: gl.constexpr, CO
 
 @gluon.jit
 def consumer(
-    cid: gl.constexpr, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
-    per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr,
-    OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, WITH_DQ: gl.constexpr
+    cid: gl.constexpr, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs, scale, fold,
+    busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr,
+    OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     SPLIT_M: gl.constexpr = BM == 128
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     kv_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    DQ: gl.constexpr = D if SPLIT_M else D // 2
-    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
+    HALF: gl.constexpr = D if SPLIT_M else D // 2
+    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     r_l: gl.constexpr = gl.SliceLayout(1, s_l)
     gl.static_assert(16 % (2 * NB) == 0)
     dk = gl.zeros([64, D], gl.float32, layout=kv_l)
     dv = gl.zeros([64, D], gl.float32, layout=kv_l)
     zs = gl.zeros([64, BM], gl.float32, layout=s_l)
-    zq = gl.zeros([64, DQ], gl.float32, layout=q_l)
+    zq = gl.zeros([64, HALF], gl.float32, layout=q_l)
     k = kb.index(0)
     ks = k.slice(cid * 64, 64, 0)
     vs = vb.index(0).slice(cid * 64, 64, 0)
     if SPLIT_M:
         kd = k
     else:
-        kd = k.slice(cid * DQ, DQ, 1)
+        kd = k.slice(cid * HALF, HALF, 1)
     dq_s = dqb.index(cid)
     state = 0  # segments done * 16 + tiles done % 16: one register, where two would spill
     s = zs
     mbarrier.wait(kvf.index(0), 0)
+    if KV_REGS:
+        ks = ks.load(gl.DotOperandLayout(0, s_l, 2))
+        vs = vs.load(gl.DotOperandLayout(0, s_l, 2))
     if OVERLAP:
         mbarrier.wait(qf.index(0), 0)
         st = warpgroup_mma(ks, qb.index(0).permute([1, 0]), zs, use_acc=False, is_async=True)
@@ -235,21 +250,61 @@ def consumer(
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, SPLIT_M, WITH_DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk,
-                dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
+                cid, True, OVERLAP, True, FOLD, SPLIT_M, DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse,
+                s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, WITH_DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, qe, doe, s, dk,
-                dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
+                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse,
+                s, dk, dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
     if not FOLD:
         dk = dk * scale
     store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
     store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def reducer(
+    desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM: gl.constexpr, D: gl.constexpr,
+    FOLD: gl.constexpr
+):  # fmt: skip
+    """dQ = dS K of every step, 64 x 64 at a time, and its way out through two buffers."""
+    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    WIDE: gl.constexpr = D // 64
+    PIECES: gl.constexpr = BM // 64 * WIDE
+    zq = gl.zeros([64, 64], gl.float32, layout=q_l)
+    k = kb.index(0)
+    block, b, kv = place(busy, per, kv_heads)
+    seg = gl.load(blocks + 4 * block + 2)
+    n_seg = gl.load(blocks + 4 * block + 3)
+    mbarrier.wait(kvf.index(0), 0)
+    it = 0
+    for h in range(kv * group, kv * group + group):
+        for sg in range(seg, seg + n_seg):
+            first, left, inner, total = extent(segments, sg)
+            for i in range(total):
+                n0 = first + tile_of(i, left, inner, total - inner) * BM
+                slot = it % 2
+                mbarrier.wait(dsf.index(slot), (it // 2) & 1)
+                for c in gl.static_range(PIECES):
+                    ds = dsb.index(slot).slice(c // WIDE * 64, 64, 1).permute([1, 0])
+                    dq = warpgroup_mma(ds, k.slice(c % WIDE * 64, 64, 1), zq, use_acc=False, is_async=True)
+                    dq = warpgroup_mma_wait(0, deps=[dq])
+                    if c == PIECES - 1:
+                        mbarrier.arrive(dse.index(slot), count=1)
+                    if not FOLD:
+                        dq = dq * scale
+                    out = dqb.index((it * PIECES + c) % 2)
+                    tma.store_wait(1)  # the copy before the last has read its buffer
+                    out.store(dq)
+                    fence_async_shared()
+                    tma_reduce_add(desc_dq, [b, h, n0 + c // WIDE * 64, c % WIDE * 64], out)
+                it += 1
     tma.store_wait(0)
 
 
@@ -298,25 +353,26 @@ def backward_kernel(
     desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dq, DK, DV, blocks, segments, qs, scale, fold, busy, per,
     kv_heads, group, t_pad, t_k,
     BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
-    LATE: gl.constexpr, FOLD: gl.constexpr, WITH_DQ: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
+    LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr,
+    REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
-    desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [BM, D / 2], or [64, D] where BM is 128;
+    desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64] for a
+    reducer, else [BM, D / 2], or [64, D] where BM is 128;
     DK, DV [B, Tk, Hk, COLUMNS or COLUMNS_V], contiguous; D is the smallest tile that holds both."""
     dtype: gl.constexpr = desc_q.dtype
-    DQ_ROWS: gl.constexpr = 64
-    DQ: gl.constexpr = D if BM == 128 else D // 2
+    DQ_SIDE: gl.constexpr = 64 if DQ == REDUCER else (D if BM == 128 else D // 2)
     ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
     kl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], dtype)
     sl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BM], dtype)
-    dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DQ_ROWS, DQ], gl.float32)
+    dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DQ_SIDE], gl.float32)
     tl: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     kb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
     vb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
     qb = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
     dob = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
     dsb = gl.allocate_shared_memory(dtype, [2, 128, BM], sl)
-    dqb = gl.allocate_shared_memory(gl.float32, [2, DQ_ROWS, DQ], dl)
+    dqb = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_SIDE], dl)
     st_b = gl.allocate_shared_memory(gl.float32, [2 * NB, BM], tl)
     bl: gl.constexpr = mbarrier.MBarrierLayout()
     kvf = gl.allocate_shared_memory(gl.int64, [1, 1], bl)
@@ -330,16 +386,36 @@ def backward_kernel(
         mbarrier.init(qe.index(i), count=2)
         mbarrier.init(dof.index(i), count=1)
         mbarrier.init(doe.index(i), count=2)
+    dsf = gl.allocate_shared_memory(gl.int64, [2, 1], bl)
+    dse = gl.allocate_shared_memory(gl.int64, [2, 1], bl)
+    for i in gl.static_range(2):
+        mbarrier.init(dsf.index(i), count=2)
+        mbarrier.init(dse.index(i), count=1)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
-             per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, WITH_DQ)),
-            (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, qe, doe, DK, DV, blocks, segments, qs, scale, fold, busy,
-             per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, WITH_DQ)),
-            (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
-             segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
-        ],
-        [4, 1],
-        [REGS, REGS_P],
-    )  # fmt: skip
+    if DQ == REDUCER:
+        gl.warp_specialize(
+            [
+                (reducer, (desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM, D, FOLD)),
+                (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
+                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
+                (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
+                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
+                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
+                 segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
+            ],
+            [4, 4, 1],
+            [REGS, REGS, REGS_P],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
+                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
+                (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
+                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
+                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
+                 segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
+            ],
+            [4, 1],
+            [REGS, REGS_P],
+        )  # fmt: skip

@@ -85,9 +85,10 @@ def keys_source(sides: Sides, c: KeysConfig, dtype: str = "bf16", out: str = "bf
     """(kernel, signature, constants, registers) of the one pass, or without `dq` of dK and dV alone; `columns` are the head sizes."""
     (d, _), columns = sides, columns or sides
     constants = {"BM": c.block_m, "D": d, "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages, "OVERLAP": c.overlap}
-    constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "WITH_DQ": dq, "REGS": c.regs[0], "REGS_P": c.regs[1]}
+    constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "DQ": c.dq if dq else configs.NONE, "KV_REGS": c.kv_regs}
+    constants |= {"REGS": c.regs[0], "REGS_R": c.regs[1], "REGS_P": c.regs[2]}
     signature = _key_signature(sides, c, dtype, out)
-    adds = _descriptor([1, 1, 64, d if c.block_m == 128 else d // 2], "fp32")
+    adds = _descriptor([1, 1, 64, c.dq_width(d)], "fp32")
     return backward_kernel, signature | {"desc_dq": adds if dq else signature["desc_delta"]}, constants, c.max_regs
 
 

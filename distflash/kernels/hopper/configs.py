@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from distflash.kernels.hopper.compat import LATER
+
+NONE, HALVES, REDUCER = 0, 1, 2  # who computes dQ in the one pass (backward.py)
+
 
 @dataclass(frozen=True)
 class ForwardConfig:
@@ -32,9 +36,15 @@ class KeysConfig:
     stages: int
     overlap: bool  # the next step's K Qᵀ runs beside this step's dQ and dK
     late: bool  # dV is issued after dS, not beside it: fewer registers
-    regs: tuple[int, int] = (240, 24)
+    dq: int = HALVES
+    kv_regs: bool = False  # K and V are held in registers
+    regs: tuple[int, int, int] = (240, 0, 24)  # consumer, reducer, producer
     max_regs: int = 168
     keys = 128
+
+    def dq_width(self, side: int) -> int:
+        """Columns of the boxes of 64 rows in which dQ leaves, for head tiles of `side`."""
+        return 64 if self.dq == REDUCER else side if self.block_m == 128 else side // 2
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ _THREE = {"regs": (160, 32), "max_regs": 128}  # three consumers: four warpgroup
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
-    (64, 64): ForwardConfig(2, 128, 3, late_cast=False),
+    (64, 64): ForwardConfig(3, 128, 2, late_cast=False, **_THREE) if not LATER else ForwardConfig(2, 128, 3, late_cast=False),
     (96, 96): ForwardConfig(2, 128, 3, late_cast=False),
     (128, 128): ForwardConfig(2, 128, 2, late_cast=False),
     (192, 128): ForwardConfig(2, 128, 2, late_cast=False),
@@ -88,7 +98,7 @@ FORWARD = {
 FORWARD_VARIANTS = {
     (64, 64): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
-        "wg3": ForwardConfig(3, 128, 2, late_cast=False, **_THREE),
+        "wg2": ForwardConfig(2, 128, 3, late_cast=False),
         "wg3nb3": ForwardConfig(3, 128, 3, late_cast=False, **_THREE),
         "poly1": ForwardConfig(2, 128, 3, late_cast=False, poly=1),
         "poly2": ForwardConfig(2, 128, 3, late_cast=False, poly=2),
@@ -118,12 +128,16 @@ FORWARD_VARIANTS = {
     },
 }
 
+_REDUCER = {"dq": REDUCER, "regs": (208, 72, 24), "max_regs": 128}  # four warpgroups again
+
 BACKWARD = {
     (64, 64): BackwardConfig(
-        KeysConfig(64, 2, overlap=True, late=False), dkv=KeysConfig(64, 4, overlap=True, late=False), dq=RowsConfig(128, 2, 2)
+        KeysConfig(64, 2, overlap=False, late=True, kv_regs=not LATER, **_REDUCER),
+        dkv=KeysConfig(64, 4, overlap=True, late=False),
+        dq=RowsConfig(128, 2, 2),
     ),
     (128, 128): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=False), dkv=KeysConfig(64, 2, overlap=False, late=False), dq=RowsConfig(128, 2, 2)
+        KeysConfig(64, 2, overlap=False, late=True), dkv=KeysConfig(64, 2, overlap=True, late=True), dq=RowsConfig(128, 2, 2)
     ),
     (256, 128): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 2)),
     (256, 256): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 1)),
@@ -131,19 +145,19 @@ BACKWARD = {
 _64, _128, _256 = BACKWARD[64, 64], BACKWARD[128, 128], BACKWARD[256, 256]
 BACKWARD_VARIANTS = {
     (64, 64): {
-        "simple": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
-        "early": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=False)),
-        "m128": replace(_64, one_pass=KeysConfig(128, 2, overlap=True, late=True)),
-        "m128s": replace(_64, one_pass=KeysConfig(128, 2, overlap=False, late=True)),
-        "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=True, late=False)),
+        "halves": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "halves_overlap": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=False)),
+        "kv_in_memory": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, **_REDUCER)),
+        "overlap": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
+        "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
     (128, 128): {
-        "simple": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False)),
         "overlap": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True)),
         "two": replace(_128, one_pass=None),
-        "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
+        "two_simple": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=False, late=False)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
     },
     (256, 256): {

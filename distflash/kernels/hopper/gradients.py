@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distflash.kernels.hopper.backward import backward_kernel
-from distflash.kernels.hopper.configs import BackwardConfig, KeysConfig, RolesConfig, RowsConfig
+from distflash.kernels.hopper.configs import NONE, BackwardConfig, KeysConfig, RolesConfig, RowsConfig
 from distflash.kernels.hopper.dkv import dkv_kernel
 from distflash.kernels.hopper.dq import dq_kernel
 from distflash.kernels.hopper.schedule import schedule
@@ -86,10 +86,11 @@ def _keys(config: KeysConfig, x: _Inputs, dtype: torch.dtype, dq: Tensor | None 
     if items:
         launch(
             backward_kernel, (items,), *_key_descriptors(config, x, work.reach),
-            vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, side if m == 128 else side // 2),
+            vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, config.dq_width(side)),
             dk, dv, work.blocks, work.segments, *x.scales,
             work.busy, heads_at_once(B * Hk, 8 * Tq * D * H // Hk), Hk, H // Hk, x.nlse.shape[1], Tk,
-            m, side, D, Dv, config.stages, config.overlap, config.late, x.q.dtype == torch.bfloat16, dq is not None, *config.regs,
+            m, side, D, Dv, config.stages, config.overlap, config.late, x.q.dtype == torch.bfloat16,
+            NONE if dq is None else config.dq, config.kv_regs, *config.regs,
             num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
     return dk, dv
