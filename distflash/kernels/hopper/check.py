@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from multiprocessing import get_context
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,7 +29,7 @@ from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, Keys
 from distflash.kernels.hopper.dkv import dkv_kernel
 from distflash.kernels.hopper.dq import dq_kernel
 from distflash.kernels.hopper.forward import forward_kernel
-from distflash.kernels.hopper.tma import parts
+from distflash.kernels.hopper.tma import parts, stageable
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SHARED = 232448  # bytes a block may have on sm_90
@@ -74,10 +75,14 @@ def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str
     tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
     signature = {f"desc_{name}": _descriptor([1, 1, rows, width], dtype) for name, (rows, (width, _)) in tensors.items()}
     signature |= {f"desc_{name}2": _descriptor([1, 1, rows, width], dtype) for name, (rows, (_, width)) in tensors.items() if width}
+    staged = c.staged and not acc and out == dtype and stageable(sides, columns or sides)
+    signature |= {f"desc_o{n}": _descriptor([1, 1, 64, width], dtype) for n, width in zip(("", 2), widths[1], strict=True) if staged and width}
     signature |= {"O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
-    signature |= dict.fromkeys(("blocks", "segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
+    signature |= dict.fromkeys(("segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
-    constants |= {"NC": c.consumers, "NB": c.stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast, "POLY": c.poly}
+    constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
+    constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast}
+    constants |= {"POLY": c.poly, "AHEAD": c.ahead}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 
@@ -188,16 +193,10 @@ def _hot_spills(lines: list[str]) -> int:
     return sum(bool(re.search(r"\b(STL|LDL)", x)) for a, b in unmasked for x in lines[a : b + 1])
 
 
-def main() -> int:
-    """Compile what was asked for, a line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", action="store_true", help="also what the tuner tries; these may fail without failing the check")
-    parser.add_argument("--quick", action="store_true", help="a forward and a backward of each head size, bf16")
-    parser.add_argument("--only", default="", help="compile those whose name contains this")
-    parser.add_argument("--keep", help="folder for PTX and SASS")
-    args = parser.parse_args()
-    jobs, kinds = [], {"": {}}
-    if not args.quick:
+def _jobs(quick: bool, variants_too: bool) -> dict[str, tuple[tuple, bool]]:
+    """name -> (source, shipped) of all that is to be compiled."""
+    jobs, kinds = {}, {"": {}}
+    if not quick:
         kinds |= {
             " running fp32": {"out": "fp32", "acc": True},
             " fp16": {"dtype": "fp16", "out": "fp16"},
@@ -205,31 +204,51 @@ def main() -> int:
         }
     for kind, options in kinds.items():
         for sides, c in configs.FORWARD.items():
-            jobs += [("forward" + _name(sides) + kind, forward_source(sides, c, **options), True)]
+            jobs["forward" + _name(sides) + kind] = forward_source(sides, c, **options), True
             if kind == " padded":  # and one column short of the tile, onto a running partial: the most addresses that an epilogue needs
                 most = {"columns": (sides[0] - 1, sides[1] - 1), "out": "fp32", "acc": True}
-                jobs += [("forward" + _name(sides) + " padded running fp32", forward_source(sides, c, **most), True)]
+                jobs["forward" + _name(sides) + " padded running fp32"] = forward_source(sides, c, **most), True
         for sides, c in configs.BACKWARD.items():
-            jobs += [(name + kind, source, True) for name, source in backward_sources(sides, c, **options).items()]
-    if args.variants:
+            jobs |= {name + kind: (source, True) for name, source in backward_sources(sides, c, **options).items()}
+    if variants_too:
         for sides, variants in configs.FORWARD_VARIANTS.items():
-            jobs += [(f"forward{_name(sides)} {n}", forward_source(sides, c), False) for n, c in variants.items()]
+            jobs |= {f"forward{_name(sides)} {n}": (forward_source(sides, c), False) for n, c in variants.items()}
         for sides, variants in configs.BACKWARD_VARIANTS.items():
             shipped = backward_sources(sides, configs.BACKWARD[sides])
             for n, c in variants.items():
                 tried = backward_sources(sides, c)
-                jobs += [(f"{name} {n}", source, False) for name, source in tried.items() if source != shipped[name]]
+                jobs |= {f"{name} {n}": (source, False) for name, source in tried.items() if source != shipped[name]}
+    return jobs
+
+
+def _inspect(name: str) -> dict:
+    return inspect(*_TODO[name][0], keep=_TODO[name][2])
+
+
+_TODO: dict[str, tuple] = {}  # of this process, before it forks: kernels cannot be sent to another
+
+
+def main() -> int:
+    """Compile what was asked for, a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", action="store_true", help="also what the tuner tries; these may fail without failing the check")
+    parser.add_argument("--quick", action="store_true", help="a forward and a backward of each head size, bf16")
+    parser.add_argument("--only", default="", help="compile those whose name contains this")
+    parser.add_argument("--keep", help="folder for PTX and SASS")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    args = parser.parse_args()
+    for name, (job, shipped) in _jobs(args.quick, args.variants).items():
+        if args.only in name:
+            _TODO[name] = job, shipped, os.path.join(args.keep, name.replace(" ", "_").replace("/", "-")) if args.keep else None
     failed, gaps = 0, KNOWN_GAPS.get(".".join(triton.__version__.split(".")[:2]), {})
     print(f"triton {triton.__version__}, sm_90a")  # noqa: T201
-    for name, job, shipped in jobs:
-        if args.only not in name:
-            continue
-        seen = inspect(*job, keep=os.path.join(args.keep, name.replace(" ", "_").replace("/", "-")) if args.keep else None)
-        bad = seen["spilled"] > gaps.get(name, 0) or seen["serialised"] or seen["shared"] > _SHARED
-        failed += bool(bad and shipped)
-        note = "FAIL" if bad else f"known gap, up to {gaps[name]} B" if seen["spilled"] else ""
-        line = f"{name:<28} regs {seen['registers']:>3}  spilled {seen['spilled']:>4} B (hot loops: {seen['hot']:>2})"
-        print(line, f" shared {seen['shared']:>6}  wgmma {seen['wgmma']:>3} ", *seen["serialised"], note, flush=True)  # noqa: T201
+    with get_context("fork").Pool(args.jobs) as pool:
+        for name, seen in zip(_TODO, pool.imap(_inspect, _TODO), strict=True):
+            bad = seen["spilled"] > gaps.get(name, 0) or seen["serialised"] or seen["shared"] > _SHARED
+            failed += bool(bad and _TODO[name][1])
+            note = "FAIL" if bad else f"known gap, up to {gaps[name]} B" if seen["spilled"] else ""
+            line = f"{name:<28} regs {seen['registers']:>3}  spilled {seen['spilled']:>4} B (hot loops: {seen['hot']:>2})"
+            print(line, f" shared {seen['shared']:>6}  wgmma {seen['wgmma']:>3} ", *seen["serialised"], note, flush=True)  # noqa: T201
     print(f"{failed} failed" if failed else "all pass")  # noqa: T201
     return min(failed, 1)
 

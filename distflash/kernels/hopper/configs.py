@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from distflash.kernels.hopper.compat import LATER
 
-NONE, HALVES, REDUCER = 0, 1, 2  # who computes dQ in the one pass (backward.py)
+NONE, HALVES, REDUCER = range(3)  # who computes dQ in the one pass (backward.py)
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,16 @@ class ForwardConfig:
     stages: int
     late_cast: bool  # carry probabilities over the loop in fp32 (forward.step)
     poly: int = 0  # of each 4 exponentials (2 of each 4 if 2), how many by polynomial
+    q_stages: int = 1  # buffers of Q: with 2, the next item's Q comes during this one
+    ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
+    staged: bool = False  # out leaves through a Q buffer by TMA where it can; needs two
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
+
+    def __post_init__(self):
+        if self.staged and self.q_stages != 2:
+            raise ValueError(f"out goes through a buffer of Q that the next item does not need: 2 buffers, not {self.q_stages}")
 
     @property
     def block_m(self) -> int:
@@ -84,12 +91,13 @@ def fit(pairs: Iterable[tuple[int, int]], head_dim: int, v_head_dim: int) -> tup
 
 
 _THREE = {"regs": (160, 32), "max_regs": 128}  # three consumers: four warpgroups share the register file
+_AHEAD = {"q_stages": 2, "ahead": True}
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, late_cast=False, **_THREE) if not LATER else ForwardConfig(2, 128, 3, late_cast=False),
     (96, 96): ForwardConfig(2, 128, 3, late_cast=False),
-    (128, 128): ForwardConfig(2, 128, 2, late_cast=False),
+    (128, 128): ForwardConfig(2, 128, 2, late_cast=False, **_AHEAD, staged=True),
     (192, 128): ForwardConfig(2, 128, 2, late_cast=False),
     (192, 192): ForwardConfig(2, 64, 3, late_cast=False),
     (256, 256): ForwardConfig(2, 64, 2, late_cast=False),
@@ -132,7 +140,7 @@ _REDUCER = {"dq": REDUCER, "regs": (208, 72, 24), "max_regs": 128}  # four warpg
 
 BACKWARD = {
     (64, 64): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=True, kv_regs=not LATER, **_REDUCER),
+        KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER),
         dkv=KeysConfig(64, 4, overlap=True, late=False),
         dq=RowsConfig(128, 2, 2),
     ),
@@ -148,7 +156,7 @@ BACKWARD_VARIANTS = {
         "halves": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
         "halves_overlap": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=False)),
         "kv_in_memory": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, **_REDUCER)),
-        "overlap": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
+        "simple": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
