@@ -17,6 +17,7 @@ def main() -> int:
     ranks = str(torch.cuda.device_count())
     programs = [
         [*python, "benchmarks.bench_portable"],
+        *([[*python, "benchmarks.bench_kernel"]] if torch.cuda.get_device_capability() == (9, 0) else []),
         [*python, "distflash", "run", "-n", ranks, "-m", "benchmarks.bench_memory"],
         [*python, "benchmarks.bench_train"],
         [*python, "benchmarks.figures"],

@@ -145,9 +145,8 @@ def plot(rows: Rows, title: str, path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_title(f"{part}, {direction}", fontsize=9)
             axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("TFLOP/s")
-    axes[1][0].set_ylabel("TFLOP/s")
+        axes[line][0].set_ylim(bottom=0)  # shared by the row: once all of it is drawn
+        axes[line][0].set_ylabel("TFLOP/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(names), fontsize=8)
     figure.suptitle(title, fontsize=9)
