@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from distflash.parallel.loss import token_mean
     from distflash.parallel.sequence import SequenceParallel, ShardedSequence
     from distflash.parallel.slices import Slice, Slices
+    from distflash.ragged import Ragged
 
 __version__ = "0.1.0.dev0"
-__all__ = ["SequenceParallel", "ShardedSequence", "Slice", "Slices", "World", "attention", "explain", "init", "token_mean"]
+__all__ = ["Ragged", "SequenceParallel", "ShardedSequence", "Slice", "Slices", "World", "attention", "explain", "init", "token_mean"]
 
 _HOMES = {
+    "Ragged": "distflash.ragged",
     "SequenceParallel": "distflash.parallel.sequence",
     "ShardedSequence": "distflash.parallel.sequence",
     "Slice": "distflash.parallel.slices",

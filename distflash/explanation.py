@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distflash.kernels.base import Problem, accumulator
 from distflash.kernels.select import candidates, select
@@ -14,7 +15,7 @@ from distflash.parallel.plan import Visit, alone
 from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Ulysses
-from distflash.validate import check_shards, check_tensors, sees
+from distflash.validate import check_shards, check_tensors, check_variants, sees
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def explain(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     mask: Slices | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     deterministic: bool = False,
@@ -73,7 +77,9 @@ def explain(
     batch, q_len, heads, head_dim = q_shape
     k_len, kv_heads = k_shape[1:3]
     device = torch.device(device) if device else seq.sp.device if seq else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = Problem(device, dtype, heads, kv_heads, head_dim, head_dim, deterministic)
+    slopes = None if alibi_slopes is None else alibi_slopes.detach().to("meta")
+    asked = check_variants(softcap, slopes, dropout_p, q)
+    problem = Problem(device, dtype, heads, kv_heads, head_dim, head_dim, deterministic, asked)
     chosen = select(kernel, problem).name
     tried = [] if kernel != "auto" else candidates(problem)
     passed_over = tuple((name, reason) for name, reason in tried[: [name for name, _ in tried].index(chosen) if tried else 0] if reason)

@@ -86,7 +86,28 @@ def _keep_slices(q_len: int, k_len: int, mask: Slices) -> Tensor:
     return keep
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Variants(NamedTuple):
+    """What is asked beyond a scale and a mask, in the words of `distflash.attention`; `seed` is what its dropout runs with.
+
+    `cu_seqlens` (queries, keys) are the documents in which ALiBi counts, None is one.
+    """
+
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # [H] or [B, H]
+    dropout_p: float = 0.0
+    seed: int = 0
+    cu_seqlens: tuple[Sequence[int], Sequence[int]] | None = None
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    variants: Variants = Variants(),  # noqa: B008  immutable
+) -> tuple[Tensor, Tensor]:
     """(out, lse) by the definition, in the inputs' dtype: softmax(scale * q k^T, -inf where not kept) v. Differentiable.
 
     `sinks` [H] are the logits of one more key a head, which every query sees and whose value is 0.
@@ -96,16 +117,49 @@ def dense(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = N
     used, sees = keep.any(0), keep.any(1)
     k, v = (torch.where(used[:, None, None], x, 0.0) for x in (k, v))
     s = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if variants.softcap:
+        s = variants.softcap * torch.tanh(s / variants.softcap)
+    batch, heads, q_len, k_len = s.shape
+    aligned = _aligned(q_len, k_len, variants.cu_seqlens)
+    if variants.alibi_slopes is not None:
+        slopes = variants.alibi_slopes.to(s.dtype).expand(batch, heads)
+        distance = (aligned[:, None] - torch.arange(k_len)).abs().to(s.device)
+        s = s - slopes[:, :, None, None] * distance
     s = s.masked_fill(~keep, float("-inf"))
+    weight = torch.ones((), dtype=s.dtype, device=s.device)
+    if variants.dropout_p:
+        weight = dropout_weights(variants.seed, variants.dropout_p, batch, heads, aligned, k_len).to(s)
     if sinks is not None:
         column = sinks[:, None, None].expand(*s.shape[:3], 1)
         s = torch.cat([s, column], dim=-1)
-        return torch.einsum("bhij,bjhd->bihd", torch.softmax(s, dim=-1)[..., :-1], v), torch.logsumexp(s, dim=-1)
+        return torch.einsum("bhij,bjhd->bihd", torch.softmax(s, dim=-1)[..., :-1] * weight, v), torch.logsumexp(s, dim=-1)
     # a row that sees nothing: give it finite scores, then take its results away
     s = torch.where(sees[:, None], s, 0.0)
     lse = torch.where(sees, torch.logsumexp(s, dim=-1), float("-inf"))
     p = torch.where(sees[:, None], torch.softmax(s, dim=-1), 0.0)
-    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+    return torch.einsum("bhij,bjhd->bihd", p * weight, v), lse
+
+
+def _aligned(q_len: int, k_len: int, cu_seqlens: tuple[Sequence[int], Sequence[int]] | None) -> Tensor:
+    """The key position [Sq] that each query is aligned with: the last ones of a document meet."""
+    cu_q, cu_k = cu_seqlens or ((0, q_len), (0, k_len))
+    return torch.cat([torch.arange(q1 - q0) + k1 - (q1 - q0) for (q0, q1), (_, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True)])
+
+
+def dropout_weights(seed: int, p: float, batch: int, heads: int, queries: Tensor, k_len: int) -> Tensor:
+    """0 or 1 / (1 - p) for each probability, fp64 [B, H, Sq, Sk]: Philox 4x32-10 (Salmon et al., SC 2011) in numpy's unsigned integers.
+
+    Word 0 of the counter (query, key, head, batch) under the key `seed` is compared with p * 2^32.
+    """
+    grid = np.ix_(np.arange(batch), np.arange(heads), queries.numpy().astype(np.uint32), np.arange(k_len))
+    b, h, i, j = (x.astype(np.uint64) for x in np.broadcast_arrays(*grid))
+    counter, key, low = [i, j, h, b], [seed & 0xFFFFFFFF, seed >> 32], np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        first, second = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        high = first >> np.uint64(32), second >> np.uint64(32)
+        counter = [high[1] ^ counter[1] ^ np.uint64(key[0]), second & low, high[0] ^ counter[3] ^ np.uint64(key[1]), first & low]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return torch.from_numpy((counter[0] >= np.uint64(round(p * 2**32))) / (1 - p))
 
 
 def oracle(
@@ -118,11 +172,12 @@ def oracle(
     scale: float | None = None,
     dlse: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    variants: Variants = Variants(),  # noqa: B008  immutable
 ) -> Attention:
     """Dense attention and its gradients in `dtype` (fp64: the truth; a low dtype: what such an eager formula errs)."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     keep = keep.to(q.device)
-    out, lse = dense(leaves[0], leaves[1], leaves[2], keep, scale)
+    out, lse = dense(leaves[0], leaves[1], leaves[2], keep, scale, variants=variants)
     target = (out * dout.to(dtype)).sum()
     if dlse is not None:
         target = target + (torch.where(lse > float("-inf"), lse, 0.0) * dlse.to(dtype)).sum()

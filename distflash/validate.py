@@ -16,14 +16,6 @@ from distflash.parallel.slices import Slices
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def refuse(**variants: tuple[object, object]) -> None:
-    """Raise NotImplementedError if a variant, given as (value, default), is not at its default."""
-    for name, (value, default) in variants.items():
-        if value is not default and not (isinstance(value, (int, float)) and value == default):
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise NotImplementedError(f"{name}={shown} is not supported yet, only {default!r}: leave it out")
-
-
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True if there is a batch dimension."""
     named = {"q": q, "k": k, "v": v}
@@ -61,6 +53,30 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"sinks must hold one logit for each of the {q.shape[-2]} query heads, on {q.device}, got {got}")
 
 
+def check_variants(softcap: float, slopes: Tensor | None, dropout_p: float, q: Tensor) -> tuple[str, ...]:
+    """Which of softcap, alibi_slopes and dropout_p are asked for; raises unless each is legal."""
+    if not _is_number(softcap) or softcap < 0:
+        raise ValueError(f"softcap={softcap!r} must be a finite number, 0 (off) or more")
+    if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p!r} must be a number, at least 0 (off) and less than 1")
+    if slopes is not None:
+        if not isinstance(slopes, Tensor) or slopes.dtype != torch.float32:
+            got = slopes.dtype if isinstance(slopes, Tensor) else type(slopes).__name__
+            raise TypeError(f"alibi_slopes must be a tensor of torch.float32, got {got}")
+        heads, batch = q.shape[-2], q.shape[0] if q.dim() == 4 else 1
+        if tuple(slopes.shape) not in ((heads,), (batch, heads)) or slopes.device != q.device:
+            got = f"{tuple(slopes.shape)} on {slopes.device}"
+            raise ValueError(f"alibi_slopes must be ({heads},) or ({batch}, {heads}), one for each query head, on {q.device}, got {got}")
+        if slopes.requires_grad:
+            raise ValueError("alibi_slopes get no gradient, but these require one: pass alibi_slopes.detach()")
+    asked = {"softcap": softcap > 0, "alibi_slopes": slopes is not None, "dropout_p": dropout_p > 0}
+    return tuple(name for name, on in asked.items() if on)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     """(left, right) with None for unlimited; causal is right = 0."""
     if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(type(w) is int and w >= -1 for w in window_size)):
@@ -90,12 +106,16 @@ def _check_slices(mask: Slices, cu_q: tuple[int, ...], cu_k: tuple[int, ...]) ->
     mask.check(cu_q, cu_k)  # once, not in every layer
 
 
-def scale_of(softmax_scale: float | None, head_dim: int) -> float:
-    """The factor of q·k: D ** -0.5 unless a finite number is given."""
+def scale_of(softmax_scale: float | Tensor | None, head_dim: int) -> float:
+    """The factor of q·k: D ** -0.5 unless a finite number is given, or a 0-d tensor of one, which is waited for and gets no gradient."""
     if softmax_scale is None:
         return head_dim**-0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)) or not math.isfinite(softmax_scale):
-        raise TypeError(f"softmax_scale={softmax_scale!r} must be None or a finite number")
+    if isinstance(softmax_scale, Tensor) and softmax_scale.dim() == 0 and not softmax_scale.is_complex():
+        if softmax_scale.requires_grad:
+            raise ValueError("softmax_scale gets no gradient, but this tensor requires one: multiply q by it, or pass its detach()")
+        softmax_scale = softmax_scale.item()
+    if not _is_number(softmax_scale):
+        raise TypeError(f"softmax_scale={softmax_scale!r} must be None, a finite number, or a 0-d tensor of one")
     return float(softmax_scale)
 
 

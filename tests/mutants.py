@@ -40,6 +40,9 @@ FP32 = "parallel/test_ring.py::test_partial_results_are_kept_in_fp32_until_the_l
 MERGE = "parallel/test_merge.py"
 HEADS = "kernels/test_eager.py::test_grouped_heads"
 BAD_CALL = "test_api.py::test_a_bad_call_on_one_device_says_what_is_wrong_and_what_to_do"
+AGREE = "parallel/test_agreement.py::test_a_rank_that_is_about_to_do_otherwise_raises_on_every_rank_and_is_named_with_both_values"
+VARIANTS = "test_variants.py::test_every_scheme_gives_the_gradients_of_dense_attention"
+VARIANT = "test_variants.py::test_each_variant_alone_with_grouped_heads_and_other_value_dims"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
 MUTANTS = {
@@ -117,7 +120,7 @@ MUTANTS = {
     "a gradient that comes home replaces what stayed there": Mutant(
         "parallel/ring.py", "_added(arrived[home.ours][1], self.ours)", "arrived[home.ours][1]", f"{SCHEME}[contiguous-ring-4]"),
     "outputs are rounded at every hop": Mutant(
-        "parallel/ring.py", "dtype=q.dtype if visit.step == last else None)", "dtype=q.dtype)", FP32),
+        "parallel/ring.py", "acc=acc, dtype=q.dtype if visit.step == last else None", "acc=acc, dtype=q.dtype", FP32),
     "dq is rounded at every hop": Mutant(
         "parallel/ring.py", "dq_dtype=q.dtype if visit.step == last else None", "dq_dtype=q.dtype", FP32),
     "gradients travel in 16 bits": Mutant(
@@ -159,6 +162,25 @@ MUTANTS = {
     "ignored tokens are multiplied by 0": Mutant(
         "parallel/loss.py", "torch.where(ignore, 0.0, loss)", "loss * ~ignore",
         "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
+    # agreement
+    "ranks do not compare whether gradients will follow": Mutant(
+        "api.py", "gradients=needs_gradients(q, k, v)", "gradients=True", f"{AGREE}[gradients]"),
+    "a rank compares its note with one other only": Mutant(
+        "parallel/agreement.py", "said.get(name) for said in notes})", "said.get(name) for said in notes[:2]})",
+        "parallel/test_agreement.py::test_what_differs_is_named_and_nothing_else"),
+    "ranks compare notes after the first message": Mutant(
+        "parallel/sequence.py",
+        'self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))\n'
+        "        return _Unshard.apply(x_local, self, dim)",
+        'whole = _Unshard.apply(x_local, self, dim)\n        self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype)\n'
+        "        return whole",
+        "parallel/test_agreement.py::test_shards_to_be_gathered_must_fit_together"),
+    "kinds of calls are told apart by the names of their fields": Mutant(
+        "parallel/agreement.py", "(call, *fields.items())", "(call, *fields)",
+        "parallel/test_agreement.py::test_each_kind_is_compared_once_or_always_or_never"),
+    "long values are compared by their beginning": Mutant(
+        "parallel/agreement.py", "{blake2b(text.encode(), digest_size=8).hexdigest()}", "unknown",
+        "parallel/test_agreement.py::test_long_values_are_shortened_and_still_told_apart"),
     # eager kernel
     "lse is in base 2": Mutant(
         "kernels/eager.py", "lse = (top + torch.log(total))", "lse = (top + torch.log2(total))", HEADS),
@@ -178,12 +200,46 @@ MUTANTS = {
     "the running dq is overwritten": Mutant(
         "kernels/eager.py", "contiguous_format) if dq is None else dq", "contiguous_format)",
         "kernels/test_eager.py::test_running_results_are_merged_and_running_gradients_added"),
+    # softcap, ALiBi, dropout
+    "keys are taken to be where our own are": Mutant(
+        "parallel/autograd.py", "positions.keys(owner, device)", "positions.keys(self.wire.rank, device)", f"{VARIANTS}[zigzag-ring-2]"),
+    "positions count from the shard's start": Mutant(
+        "parallel/sequence.py", "return Positions(outer[self.sp.ring_wire.rank], outer)",
+        "return Positions(*[[range(n) for n in lengths(outer)][self.sp.ring_wire.rank : self.sp.ring_wire.rank + 1], outer])",
+        f"{VARIANTS}[zigzag-ring-2]"),
+    "queries are not aligned with the last keys": Mutant(
+        "parallel/positions.py", "range(k1 - (q1 - q0), k1)", "range(q0, q1)",
+        "test_variants.py::test_queries_and_keys_of_different_number_are_aligned_at_the_last"),
+    "every Ulysses rank takes the slopes of the first heads": Mutant(
+        "parallel/autograd.py", "slopes[:, mine.start : mine.stop]", "slopes[:, : mine.stop - mine.start]",
+        "test_variants.py::test_uneven_heads_take_their_own_slopes_and_masks[3]"),
+    "every Ulysses rank drops what the first heads drop": Mutant(
+        "parallel/autograd.py", "0 if mine is None else mine.start)", "0)",
+        "test_variants.py::test_uneven_heads_take_their_own_slopes_and_masks[3]"),
+    "what is kept does not grow by 1 / (1 - p)": Mutant(
+        "kernels/scores.py", ".to(s.dtype) / (1 - scores.dropout.p)", ".to(s.dtype)", f"{VARIANT}[dropout-eager]"),
+    "the backward drops others than the forward": Mutant(
+        "parallel/autograd.py", "scheme.handle, slopes, seed)\n    return *grads",
+        "scheme.handle, slopes, None if seed is None else seed + 1)\n    return *grads", f"{VARIANT}[dropout-eager]"),
+    "the derivative of softcap is missing": Mutant(
+        "kernels/eager.py", "ds.mul_(derivative)", "pass", f"{VARIANT}[softcap-eager]"),
+    "dropout in the denominator too": Mutant(
+        "kernels/eager.py", "total = p.sum(-1, keepdim=True)", "total = (p if dropped is None else p * dropped).sum(-1, keepdim=True)",
+        f"{VARIANT}[dropout-eager]"),
+    "delta is taken before dropout": Mutant(
+        "kernels/eager.py", "torch.matmul(do_b, v_b.mT).mul_(dropped)", "torch.matmul(do_b, v_b.mT)", f"{VARIANT}[dropout-eager]"),
+    "the distance of ALiBi has a sign": Mutant(
+        "kernels/scores.py", "scores.k_positions[columns]).abs()", "scores.k_positions[columns])",
+        "test_variants.py::test_documents_count_for_themselves[eager]"),
+    "a checkpointed layer draws another seed": Mutant(
+        "parallel/seeds.py", "            return self._drawn[token]\n        if self", "            pass\n        if self",
+        "test_variants.py::test_a_checkpointed_layer_drops_the_same_again[True-reentrant]"),
     # the call
     "the window is dropped at the door": Mutant(
         "validate.py", "left, right = window(causal, window_size)", "left, right = window(causal, (-1, -1))",
         "test_api.py::test_a_window_is_never_dropped_by_any_scheme"),
     "softcap is accepted and ignored": Mutant(
-        "api.py", "refuse(softcap=(softcap, 0.0), ", "refuse(", BAD_CALL),
+        "api.py", "variants = (float(softcap), ", "variants = (0.0, ", f"{VARIANT}[softcap-eager]"),
     "the user's scale is ignored": Mutant(
         "api.py", "scale_of(softmax_scale, ", "scale_of(None, ",
         "parallel/test_ring.py::test_a_scale_of_ones_own_reaches_forward_and_backward"),

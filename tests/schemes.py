@@ -5,6 +5,7 @@ Legend: B batch, S global tokens, H query heads, Hk key/value heads, D head dim,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ from torch import Tensor
 
 import distflash
 from distflash.parallel.slices import Slices
-from distflash.testing import Attention, keep_mask, oracle, spmd
+from distflash.testing import Attention, Variants, keep_mask, oracle, spmd
+
+START = 20
+SEED = random.Random(START).getrandbits(63)  # of the first call after seed_dropout(START)
 
 
 class Inputs(NamedTuple):
@@ -38,11 +42,16 @@ class Call(NamedTuple):
     kernel: str = "auto"
     scale: float | None = None
     mask: Slices | None = None
+    softcap: float = 0.0
+    slopes: Tensor | None = None  # [H] or [B, H]
+    dropout_p: float = 0.0
+    deterministic: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         window = {"causal": self.causal, "window_size": self.window_size}
-        return window | {"kernel": self.kernel, "softmax_scale": self.scale, "mask": self.mask}
+        variants = {"softcap": self.softcap, "alibi_slopes": self.slopes, "dropout_p": self.dropout_p, "deterministic": self.deterministic}
+        return window | variants | {"kernel": self.kernel, "softmax_scale": self.scale, "mask": self.mask}
 
 
 def inputs(
@@ -60,7 +69,8 @@ def keep_of(call: Call, tokens: int) -> Tensor:
 
 def truth_of(call: Call, x: Inputs, dtype: torch.dtype = torch.float64) -> Attention:
     keep = keep_of(call, x.q.shape[1])
-    return oracle(x.q, x.k, x.v, x.dout, keep, scale=call.scale, dlse=x.dlse, dtype=dtype)
+    variants = Variants(call.softcap, call.slopes, call.dropout_p, SEED, call.documents and (call.documents, call.documents))
+    return oracle(x.q, x.k, x.v, x.dout, keep, scale=call.scale, dlse=x.dlse, dtype=dtype, variants=variants)
 
 
 def run_rank(call: Call, x: Inputs, group: Any = None) -> tuple[Tensor, Attention]:
@@ -70,6 +80,7 @@ def run_rank(call: Call, x: Inputs, group: Any = None) -> tuple[Tensor, Attentio
 
 
 def run_sequence(call: Call, x: Inputs, seq: distflash.ShardedSequence) -> tuple[Tensor, Attention]:
+    seq.sp.seed_dropout(START)
     leaves = [seq.shard(t).detach().requires_grad_() for t in (x.q, x.k, x.v)]
     out, lse = distflash.attention(*leaves, seq, return_lse=True, **call.options)
     finite = torch.where(lse > float("-inf"), lse, 0.0)

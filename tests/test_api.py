@@ -59,12 +59,37 @@ BAD_CALLS = {
     "scale is infinite": ((Q, K, K), {"softmax_scale": INF}, TypeError, ["softmax_scale=inf", "finite number"]),
     "scale is a tensor": ((Q, K, K), {"softmax_scale": torch.ones(2)}, TypeError, ["softmax_scale=", "finite number"]),
     "an unknown kernel": ((Q, K, K), {"kernel": "fast"}, ValueError, ["kernel='fast'", "'eager'", "'reference'"]),
-    "softcap": ((Q, K, K), {"softcap": 30.0}, NotImplementedError, ["softcap=30.0", "only 0.0", "leave it out"]),
-    "ALiBi": ((Q, K, K), {"alibi_slopes": torch.ones(4)}, NotImplementedError, ["alibi_slopes=a tensor of shape (4,)", "only None"]),
+    "scale with a gradient": (
+        (Q, K, K),
+        {"softmax_scale": torch.ones((), requires_grad=True)},
+        ValueError,
+        ["softmax_scale gets no gradient", "detach()"],
+    ),
+    "scale is a tensor of NaN": ((Q, K, K), {"softmax_scale": torch.tensor(NAN)}, TypeError, ["softmax_scale=nan", "finite number"]),
+    "a softcap below 0": ((Q, K, K), {"softcap": -30.0}, ValueError, ["softcap=-30.0", "0 (off) or more"]),
+    "a softcap of None": ((Q, K, K), {"softcap": None}, ValueError, ["softcap=None", "0 (off) or more"]),
+    "an infinite softcap": ((Q, K, K), {"softcap": INF}, ValueError, ["softcap=inf", "finite"]),
+    "slopes of another number": (
+        (Q, K, K),
+        {"alibi_slopes": torch.ones(3)},
+        ValueError,
+        ["(4,) or (2, 4)", "each query head", "got (3,)"],
+    ),
+    "slopes of another batch": ((Q, K, K), {"alibi_slopes": torch.ones(1, 4)}, ValueError, ["(4,) or (2, 4)", "got (1, 4)"]),
+    "slopes in 16 bits": ((Q, K, K), {"alibi_slopes": torch.ones(4).half()}, TypeError, ["alibi_slopes", "torch.float32", "float16"]),
+    "slopes that are a list": ((Q, K, K), {"alibi_slopes": [1.0] * 4}, TypeError, ["alibi_slopes", "torch.float32", "list"]),
+    "slopes that are learned": (
+        (Q, K, K),
+        {"alibi_slopes": torch.ones(4, requires_grad=True)},
+        ValueError,
+        ["no gradient", "alibi_slopes.detach()"],
+    ),
     "sinks of another number": ((Q, K, K), {"sinks": torch.ones(3)}, ValueError, ["each of the 4 query heads", "got (3,)"]),
     "sinks that are integers": ((Q, K, K), {"sinks": torch.ones(4, dtype=torch.long)}, TypeError, ["floating-point", "int64"]),
     "a sink that is a number": ((Q, K, K), {"sinks": 1.0}, TypeError, ["floating-point tensor", "float"]),
-    "dropout": ((Q, K, K), {"dropout_p": 0.1}, NotImplementedError, ["dropout_p=0.1", "only 0.0"]),
+    "dropout of everything": ((Q, K, K), {"dropout_p": 1.0}, ValueError, ["dropout_p=1.0", "less than 1"]),
+    "dropout below 0": ((Q, K, K), {"dropout_p": -0.1}, ValueError, ["dropout_p=-0.1", "at least 0"]),
+    "dropout that is a bool": ((Q, K, K), {"dropout_p": True}, ValueError, ["dropout_p=True", "a number"]),
     "a mask that is a tensor": ((Q, K, K), {"mask": torch.ones(S, S)}, TypeError, ["distflash.Slices", "Tensor", "from_block_mask"]),
     "a mask and causal": ((Q, K, K), {"mask": HALVES, "causal": True}, ValueError, ["Slices(2 slices", "causal=True", "leave"]),
     "a mask and a window": ((Q, K, K), {"mask": HALVES, "window_size": (3, 0)}, ValueError, ["(3, 0)", "kind 'causal' or 'band'"]),
@@ -321,6 +346,14 @@ def test_query_head_h_reads_key_head_h_over_the_group():
 def test_the_scale_is_one_over_the_root_of_head_dim_unless_given():
     q, k, v = inputs(S, dim=16, v_dim=4)[:3]
     assert torch.equal(distflash.attention(q, k, v), distflash.attention(q, k, v, softmax_scale=0.25))
+
+
+def test_a_scale_may_be_a_tensor_without_dimensions():
+    x = inputs(S)
+    expected = distflash.attention(*x[:3], softmax_scale=0.5)
+    for scale in (torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+        assert torch.equal(distflash.attention(*x[:3], softmax_scale=scale), expected)
+    assert torch.equal(distflash.attention(*x[:3], softmax_scale=torch.tensor(2)), distflash.attention(*x[:3], softmax_scale=2))
 
 
 def test_a_window_is_never_dropped_by_any_scheme():

@@ -128,6 +128,8 @@ class Adapter:
             return f"{self.name} needs compute capability {'.'.join(map(str, self.capability))}, {problem.device} has {found[0]}.{found[1]}"
         if problem.dtype not in (torch.bfloat16, torch.float16):
             return f"{self.name} computes in bf16 and fp16, not in {problem.dtype}"
+        if problem.variants:
+            return f"the adapter of {self.name} hands over a scale and a mask, not {', '.join(problem.variants)}"
         if problem.deterministic:
             return f"{self.name} adds up gradients in the order in which programs finish: not bit-equal from run to run"
         return self._dims(problem) or self._missing()

@@ -32,6 +32,30 @@ class Problem:
     head_dim: int
     v_head_dim: int
     deterministic: bool = False
+    variants: tuple[str, ...] = ()  # what of `Scores` is asked for, by the names of `distflash.attention`'s arguments
+
+
+class Dropout(NamedTuple):
+    """Which probabilities become 0, the others times 1 / (1 - p): those whose `kernels.scores.philox` word is below p * 2^32."""
+
+    p: float
+    seed: int  # 0 <= seed < 2^63
+    head: int  # number of the first query head here among those of all ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What is asked beyond a scale and a mask: the softmax is of softcap * tanh(scale * q·k / softcap) - slope * |position - position|.
+
+    Positions count alike on every rank: those of queries are aligned to those of keys at the end of a document, and no two
+    pairs (query, key) that a mask keeps have equal ones. lse is of the softmax before dropout.
+    """
+
+    q_positions: Tensor  # [Tq] int32
+    k_positions: Tensor  # [Tk] int32
+    softcap: float = 0.0  # 0 is none
+    slopes: Tensor | None = None  # [B, H] fp32, contiguous
+    dropout: Dropout | None = None
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -44,7 +68,8 @@ class Kernel(Protocol):
 
     Arguments that all methods share: q [B, Tq, H, D], k [B, Tk, Hk, D], v [B, Tk, Hk, Dv], of any strides; `tiles` over
     (Tq, Tk); `scale` multiplies q·k. Query head h reads key/value head h // (H // Hk). Rows, columns and heads may be
-    empty. `accumulator(q.dtype)` is called acc_dtype.
+    empty. `accumulator(q.dtype)` is called acc_dtype. `scores` is passed if some variant is asked for: a kernel whose
+    `supports` refuses every `Problem.variants` need not take it.
     """
 
     name: str
@@ -58,8 +83,9 @@ class Kernel(Protocol):
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
-    ) -> Partial:
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None,
+        scores: Scores | None = None,
+    ) -> Partial:  # fmt: skip
         """Attend over `tiles` and merge with `acc`, the running (out, lse) of earlier visits.
 
         `acc` is (acc_dtype, acc_dtype) and may be overwritten. `dtype` is what `out` is stored in: acc_dtype (None) while
@@ -86,6 +112,7 @@ class Kernel(Protocol):
         dq: Tensor | None = None,
         dq_dtype: torch.dtype | None = None,
         dkv_dtype: torch.dtype | None = None,
+        scores: Scores | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients through `tiles`, probabilities recomputed from the *global* lse [B, H, Tq].
 

@@ -1,6 +1,6 @@
 """Compile every shipped configuration of the portable Triton kernels for every target, without a GPU, and check what came out.
 
-    python -m distflash.kernels.compile_check [--target sm_90 ...] [--head-dim 64 128] [--dtype bf16] [--pass forward ...]
+    python -m distflash.kernels.compile_check [--target sm_90 ...] [--head-dim 64 128] [--dtype bf16] [--pass forward ...] [--variants all]
 
 Prints registers, spilled bytes, shared memory and serialised wgmma of each kernel. Exits with 1 if something does not compile, needs
 more shared or tensor memory than the target has, comes out as a kernel that stores nothing (Triton turns what does not fit into tensor
@@ -15,8 +15,8 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import Pool
 
 import triton
@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
 from distflash.kernels.triton.configs import Config, config
 from distflash.kernels.triton.forward import forward_kernel
+from distflash.kernels.triton.scores import Asked
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # bytes a thread, the most of Triton 3.6, 3.7 and 3.9; around the loops, not in those over whole steps: measured faster with them than
 # narrower tiles without. All else: 0
 KNOWN_SPILLS = {("forward", 64): 188, ("forward", 128): 224, ("dkv", 64): 24, ("dkv", 128): 1312}
+VARIANTS = {"none": 0, "softcap": 1, "alibi": 2, "dropout": 4, "all": 7}  # ASKED of triton.scores
 _FP32_POINTERS = {"lse", "delta", "stats", "acc_out", "acc_lse", "acc_dq", "dk", "dv", "dq"}
 _INT_POINTERS = {"blocks", "entries"}
 _INPUTS = {"q", "k", "v", "out", "dout"}
@@ -65,11 +67,12 @@ class Case:
     tile: Config
     has_lo: bool
     merge: bool
+    asked: int = 0  # ASKED of triton.scores
 
     @property
     def strict(self) -> bool:
         """A configuration that the performance target rests on: it may neither spill nor serialise."""
-        return self.target == "sm_90" and self.head_dim in (64, 128) and self.dtype != "fp32"
+        return self.target == "sm_90" and self.head_dim in (64, 128) and self.dtype != "fp32" and not self.asked
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,14 @@ class Compiled:
     stores: int  # to global memory
 
 
-def cases(passes: list[str], targets: list[str], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
-    """Every shipped configuration twice: as a single causal visit uses it, and with every option on."""
+def cases(
+    passes: Sequence[str],
+    targets: Sequence[str],
+    head_dims: Sequence[int],
+    dtypes: Sequence[str],
+    variants: Sequence[str] = ("none", "all"),
+) -> Iterator[Case]:
+    """Every shipped configuration: as a single causal visit uses it, with every option on, and with softcap, ALiBi and dropout as asked."""
     for target in targets:
         for head_dim in head_dims:
             for dtype in dtypes:
@@ -93,9 +102,10 @@ def cases(passes: list[str], targets: list[str], head_dims: list[int], dtypes: l
                     if pass_ in ("delta", "stats"):
                         yield Case(pass_, target, head_dim, dtype, Config(32, 1, 4, 1), has_lo=False, merge=False)
                         continue
-                    tile = config(pass_, TARGETS[target].family, DTYPES[dtype], head_dim)
-                    for everything in (False, True):
-                        yield Case(pass_, target, head_dim, dtype, tile, has_lo=everything, merge=everything and pass_ != "dkv")
+                    for asked in (VARIANTS[name] for name in variants):
+                        tile = config(pass_, TARGETS[target].family, DTYPES[dtype], head_dim, not asked)
+                        for everything in (True,) if asked else (False, True):
+                            yield Case(pass_, target, head_dim, dtype, tile, everything, everything and pass_ != "dkv", asked)
 
 
 def build(case: Case) -> Compiled:
@@ -104,16 +114,17 @@ def build(case: Case) -> Compiled:
     constants = {
         "D": case.head_dim, "DV": case.head_dim, "PAD": case.head_dim, "PAD_V": case.head_dim, "ROWS": case.tile.rows,
         "COLUMNS": case.tile.columns, "HAS_LO": case.has_lo, "MERGE": case.merge, "WIDE": False, "BOXES": case.tile.boxes,
-        "OVERLAP": case.tile.overlap, "BLOCK": 1024,
+        "OVERLAP": case.tile.overlap and not case.asked, "ASKED": case.asked, "BLOCK": 1024,
     }  # fmt: skip
-    signature, attrs = {}, {}
-    for n, name in enumerate(kernel.arg_names):
-        signature[name] = _type_of(name, case)
-        if name.endswith("_box") and not case.tile.boxes:
-            constants[name] = None
-        if signature[name].startswith("*") or re.fullmatch(r"\w+_[bth]", name):
-            attrs[(n,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}, attrs)
+    signature = {name: _type_of(name, case) for name in kernel.arg_names}
+    values, attrs = {}, {}
+    for n, (name, kind) in enumerate(signature.items()):
+        for path, part in [((n,), kind)] if isinstance(kind, str) else [((n, field), part) for field, part in enumerate(kind)]:
+            if part == "constexpr":
+                values[path] = constants.get(name)  # None: an argument that is not there
+            elif part.startswith("*") or re.fullmatch(r"\w+_[bth]", name):
+                attrs[path] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attrs)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
     knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
     knobs.nvidia.dump_ptxas_log = True  # its figures and warnings, printed to stdout
@@ -122,9 +133,13 @@ def build(case: Case) -> Compiled:
     return _amd(compiled) if case.target.startswith("gfx") else _nvidia(compiled, log.getvalue())
 
 
-def _type_of(name: str, case: Case) -> str:
+def _type_of(name: str, case: Case) -> str | Asked:
     if name.isupper() or (name.endswith("_box") and not case.tile.boxes):
         return "constexpr"
+    if not case.asked and name in ("asked", "seed", "threshold", "first_head"):
+        return "constexpr"
+    if name == "asked":
+        return Asked("*i32", "*i32", "*fp32", "fp32", "fp32", "fp32")
     if name.endswith("_box"):
         return f"tensordesc<{case.dtype}[1, 1, {case.tile.columns}, {case.head_dim}]>"
     if name in _INT_POINTERS:
@@ -133,6 +148,8 @@ def _type_of(name: str, case: Case) -> str:
         return "*fp32"
     if name in _INPUTS:
         return f"*{case.dtype}"
+    if name in ("seed", "threshold"):
+        return "i64"
     return "fp32" if name.startswith("scale") else "i32"
 
 
@@ -193,12 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["none", "all"])
     parser.add_argument("--tile", nargs=4, type=int, metavar=("ROWS", "COLUMNS", "WARPS", "STAGES"), help="instead of the shipped one")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(argv)
-    todo = list(cases(args.passes, args.target, args.head_dim, args.dtype))
+    todo = list(cases(args.passes, args.target, args.head_dim, args.dtype, args.variants))
     if args.tile:
-        todo = [Case(c.pass_, c.target, c.head_dim, c.dtype, Config(*args.tile), c.has_lo, c.merge) for c in todo]
+        todo = [replace(case, tile=Config(*args.tile)) for case in todo]
     print(f"triton {triton.__version__}: {len(todo)} kernels")
     print(f"{'kernel':8} {'target':7} {'D':>4} {'dtype':5} lo mrg {'rows×cols/warps/stages':>22}  regs  spill    smem")
     failures = 0
@@ -208,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             found = f"{result.registers:5} {result.spilled:6} {result.shared:7}" if result else " " * 20
             note = "  serialised" if result and result.serialised else ""
             flags = f"{case.has_lo:2} {case.merge:3}"
+            note = f"  {next(name for name, asked in VARIANTS.items() if asked == case.asked)}{note}" if case.asked else note
             print(f"{case.pass_:8} {case.target:7} {case.head_dim:4} {case.dtype:5} {flags} {tile:>22} {found}{note}  {wrong}", flush=True)
             failures += bool(wrong)
     print(f"{failures} of {len(todo)} failed" if failures else "all pass")

@@ -5,6 +5,7 @@ PyTorch's distributed package knows no passwords and no encryption: whoever reac
 
     listen     a socket on one address, never on all
     meet       torch's Store for a Place; rank 0 serves it unless the launcher does
+    connect_again  a connection for a thread of its own
     mpi        rank 0's address to all ranks by one broadcast of bytes (nothing is unpickled)
 """
 
@@ -72,6 +73,16 @@ def meet(place: Place, timeout: timedelta, interface: str | None) -> tuple[Store
             listener = listen(_bind_address(place, address, interface), port)
     store = serve(listener, timeout) if listener else TCPStore(address, port, None, False, timeout, wait_for_workers=False)
     return PrefixStore(f"distflash/{place.job}", store), place, listener is not None
+
+
+def connect_again(store: Store, timeout: timedelta) -> Store:
+    """Another connection to the store that `meet` returned: requests on one wait for each other."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, TCPStore)
+    return TCPStore(store.host, store.port, None, False, timeout, wait_for_workers=False)
 
 
 def _reachable(place: Place) -> tuple[str, int]:

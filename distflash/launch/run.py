@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distflash.launch import rendezvous
+from distflash.launch.heartbeat import EXIT_PEER_LOST
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -96,8 +97,8 @@ def threads(ranks: int) -> int:
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The rank whose failure caused the others'.
 
-    A crash or an exit without a traceback is nobody's consequence; of tracebacks the earliest counts; SIGABRT and SIGTERM are
-    what survivors get from NCCL's watchdog and from the agent.
+    A crash or an exit without a traceback is nobody's consequence; of tracebacks the earliest counts; EXIT_PEER_LOST is what
+    survivors end with, SIGABRT and SIGTERM what they get from NCCL's watchdog and from the agent.
     """
 
     def order(rank: int) -> tuple[int, int, int]:
@@ -107,7 +108,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
             return 0, 0, rank
         if when is not None:
             return 2, int(when), rank
-        return (1 if failure.exitcode > 0 else 3), 0, rank
+        return (1 if failure.exitcode > 0 and failure.exitcode != EXIT_PEER_LOST else 3), 0, rank
 
     rank = min(failures, key=order)
     return rank, failures[rank]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from distflash.launch import rendezvous
 from distflash.launch.environment import Place, detect
+from distflash.launch.heartbeat import LIMIT, Heartbeat
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ class _Session:
     world: World | None = None
     adopted: bool = False
     store: Store | None = None
+    heartbeat: Heartbeat | None = None
     serves: bool = False
     inits: int = 0
     hooked: bool = False
@@ -67,13 +69,16 @@ def launched() -> bool:
     return detect(os.environ).launcher != "single"
 
 
-def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None) -> World:
+def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None, heartbeat: float | None = None) -> World:
     """Find this process' place, claim its device and create the default process group; a second call returns the same World.
 
     backend: "nccl" (one GPU per local rank), "gloo" (on the CPU), or None: nccl where CUDA works. timeout: seconds until a
     collective that a peer never joins raises. interface: the network interface that ranks of several hosts talk over (else
-    DISTFLASH_INTERFACE); one host uses loopback. Plain python is size 1, without a process group. A group that already exists
-    (DeepSpeed, Accelerate) is adopted, and left alone by shutdown().
+    DISTFLASH_INTERFACE); one host uses loopback. heartbeat: seconds after which a rank that is silent counts as lost, is named
+    on every other rank and ends the job (else DISTFLASH_HEARTBEAT, else 10); 0 turns that off.
+
+    Plain python is size 1, without a process group. A group that already exists (DeepSpeed, Accelerate) is adopted, has no
+    heartbeat, and is left alone by shutdown().
 
     Raises ValueError for arguments or variables that contradict each other, RuntimeError where the job cannot be joined.
     """
@@ -83,6 +88,7 @@ def init(*, backend: str | None = None, timeout: float = 600.0, interface: str |
         raise ValueError(f'backend must be "nccl", "gloo" or None, got {backend!r}: pass one of these')
     if not timeout > 0:
         raise ValueError(f"timeout must be positive seconds, got {timeout}: pass e.g. 600.0")
+    limit = _limit(heartbeat)
     known = _known(backend)
     if known:
         return known
@@ -100,8 +106,8 @@ def init(*, backend: str | None = None, timeout: float = 600.0, interface: str |
     _hook_failures()
     if place.local_rank is not None:
         _claim_device(place, backend)  # a rank that has no device fails here, before it meets the others
-    _session.world = _join(place, backend, timedelta(seconds=timeout), rendezvous.named_interface(interface))
-    atexit.register(shutdown)
+    _session.world = _join(place, backend, timedelta(seconds=timeout), limit, rendezvous.named_interface(interface))
+    atexit.register(_at_exit)
     return _session.world
 
 
@@ -119,7 +125,7 @@ def _known(backend: str | None) -> World | None:
     return world
 
 
-def _join(place: Place, backend: str | None, timeout: timedelta, interface: str | None) -> World:
+def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, interface: str | None) -> World:
     import torch.distributed as dist
 
     store, place, serves = rendezvous.meet(place, timeout, interface)
@@ -138,9 +144,26 @@ def _join(place: Place, backend: str | None, timeout: timedelta, interface: str 
         name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None
     )  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
     _session.store, _session.serves, _session.adopted = store, serves, False
+    if limit and place.size > 1:
+        own = rendezvous.connect_again(store, timedelta(seconds=limit))
+        own = dist.PrefixStore(f"distflash/{place.job}/{_session.inits}/heartbeat", own)
+        _session.heartbeat = Heartbeat(own, place.rank, place.size, limit, None if place.agent_store else 0)
+        _session.heartbeat.start()
     _session.inits += 1
     assert place.local_rank is not None and place.local_size is not None
     return World(place.rank, place.local_rank, place.size, place.local_size, device, name, place.launcher)
+
+
+def _limit(heartbeat: float | None) -> float:
+    """Seconds of silence after which a rank is lost, 0 for never: the argument, else DISTFLASH_HEARTBEAT, else LIMIT."""
+    given = os.environ.get("DISTFLASH_HEARTBEAT", LIMIT) if heartbeat is None else heartbeat
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not (limit == 0 or 0.5 <= limit < float("inf")):
+        raise ValueError(f"heartbeat must be 0 (off) or at least 0.5 seconds, got {given!r}: pass e.g. 10.0")
+    return limit
 
 
 def _adopt(backend: str | None) -> World:
@@ -200,13 +223,25 @@ def shutdown() -> None:
     import torch.distributed as dist
 
     store, serves, world, adopted = _session.store, _session.serves, _session.world, _session.adopted
+    heartbeat = _session.heartbeat
     _session.world = _session.store = None
     _session.serves = _session.adopted = False
     if world is None or adopted or _session.failed or world.backend is None or not dist.is_initialized():
         return  # after a failure the process just ends: destroying a group can wait for peers that will never answer
+    if heartbeat is not None:
+        if heartbeat.lost is not None:
+            return
+        heartbeat.stop()
+        _session.heartbeat = None
     if store is not None:
         _say_goodbye(store, serves, world.size)
     dist.destroy_process_group()
+
+
+def _at_exit() -> None:
+    shutdown()
+    if _session.heartbeat is not None:
+        _session.heartbeat.end()
 
 
 def _say_goodbye(store: Store, serves: bool, size: int) -> None:
@@ -234,6 +269,8 @@ def _hook_failures() -> None:
         if path:
             _write_failure(path, time.time_ns(), "".join(traceback.format_exception(kind, error, trace)))
         previous(kind, error, trace)
+        if _session.heartbeat is not None:
+            _session.heartbeat.failed(error)
 
     sys.excepthook = hook
 

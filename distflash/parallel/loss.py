@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.sequence import ShardedSequence, needs_gradients
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -37,6 +37,8 @@ def token_mean(
         raise ValueError(
             f"ignore must be a bool tensor of the loss's shape {tuple(per_token_loss.shape)}, got {ignore.dtype} {tuple(ignore.shape)}"
         )
+    if seq is not None and group is None:
+        seq.agree("token_mean", gradients=needs_gradients(per_token_loss))
     reduce = partial(_all_reduce, group) if group is not None else seq.sp.wire.all_reduce if seq is not None else Tensor.clone
     return _TokenMean.apply(per_token_loss, ignore, reduce)
 

@@ -10,28 +10,36 @@ same memory to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from distflash.kernels.base import Kernel, Partial, accumulator
+from distflash.kernels.base import Kernel, Partial, Scores, accumulator
 from distflash.parallel.plan import Home, Hop, Visit
 from distflash.parallel.wire.base import Form, Pending, Wire, empty, pack, unpack
+from distflash.parallel.wire.journal import noted
+
+Asked = Callable[[int], Scores]  # what is asked of the scores with the keys of a rank of the ring
 
 
-def forward(visits: Sequence[Visit], wire: Wire, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+@noted("forward")
+def forward(
+    visits: Sequence[Visit], wire: Wire, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float, asked: Asked | None = None
+) -> Partial:
     """Local queries against every block of the plan: out [B, T, H, Dv] in q.dtype, lse [B, H, T]."""
     last = _last(visits)
     acc = None  # (out, lse) over the keys seen so far, in the accumulator's dtype until the last visit
     for visit, k_t, v_t in travel(visits, wire, k, v):
         if visit.tiles or visit.step == last:
-            acc = kernel.forward(q, k_t, v_t, visit.tiles, scale, acc=acc, dtype=q.dtype if visit.step == last else None)
+            scores = {} if asked is None else {"scores": asked(visit.owner)}
+            acc = kernel.forward(q, k_t, v_t, visit.tiles, scale, acc=acc, dtype=q.dtype if visit.step == last else None, **scores)
         del k_t, v_t  # the next buffer is allocated before these names are bound again
     assert acc is not None
     return acc
 
 
+@noted("backward")
 def backward(
     visits: Sequence[Visit],
     wire: Wire,
@@ -43,6 +51,7 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     scale: float,
+    asked: Asked | None = None,
     *,
     dkv_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,9 +67,10 @@ def backward(
     for visit, k_t, v_t in travel(visits, wire, k, v):
         grads: list[Tensor] = []  # dk, dv of a visit; none where nothing is kept of its block
         if visit.tiles or visit.step in (0, last):
+            scores = {} if asked is None else {"scores": asked(visit.owner)}
             dq, *grads = kernel.backward(
                 dout, q, k_t, v_t, lse, delta, visit.tiles, scale,
-                dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=dkv_dtype if alone else None,
+                dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=dkv_dtype if alone else None, **scores,
             )  # fmt: skip
         gradients.move(visit, grads)
         del k_t, v_t, grads  # the next buffers are allocated before these names are bound again
@@ -78,6 +88,7 @@ def travel(visits: Sequence[Visit], wire: Wire, k: Tensor, v: Tensor) -> Iterato
     message = pack(own) if any(hop.onward is not None for hop in visits[0].hops) else None
     coming: dict[int, _Exchange] = {}
     for visit in visits:
+        wire.journal.at(visit.step, visits[-1].step)
         for step in [step for step in coming if step <= visit.step]:
             arrived = coming.pop(step).receive()
             if arrived:  # the block of this visit; an exchange that only sends brings none

@@ -5,6 +5,7 @@ Legend: P ranks, U ranks of a Ulysses group (adjacent), R = P / U ranks of a rin
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from operator import index
@@ -16,16 +17,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distflash.kernels.base import Kernel
-from distflash.parallel.autograd import Scheme
+from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
+from distflash.parallel.autograd import Scheme, Variants
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, gathered, lengths, split
 from distflash.parallel.mask import AnyMask
 from distflash.parallel.plan import ORDERS, Visit, plan
+from distflash.parallel.positions import Positions
+from distflash.parallel.seeds import Seeds
 from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Ulysses, head_shards
 from distflash.parallel.wire.base import Wire
 from distflash.parallel.wire.local import LocalGroup, LocalWire
 from distflash.parallel.wire.p2p import P2PWire
 
+_SCHEMES = 256  # ways to carry out attention that one sequence keeps
 Group = dist.ProcessGroup | DeviceMesh | LocalWire
 
 
@@ -41,6 +46,8 @@ class SequenceParallel:
         ulysses: ranks that share heads instead of tokens while attention runs; the ring takes the rest. "auto" is 1, or the
             "ulysses" axis of a 2-D mesh.
         wire: "p2p" (NCCL between GPUs, gloo between CPUs), or "auto".
+        check: when ranks compare what they are about to do, before anything of it is sent: at the "first" call of each kind,
+            "always", or "never". What differs raises `Disagreement` on every rank, with the ranks and their values.
 
     Creating one is a collective: every rank of the group does it, in the same order. Raises ValueError or TypeError on
     arguments that cannot be served, on every rank, before any attention runs.
@@ -54,12 +61,15 @@ class SequenceParallel:
         order: Literal["auto", "ring", "all_gather", "double_ring"] = "auto",
         ulysses: int | Literal["auto"] = "auto",
         wire: Literal["auto", "p2p"] = "auto",
+        check: Check = "first",
     ):
         _one_of("layout", layout, ("auto", *LAYOUTS))
         _one_of("order", order, ("auto", *ORDERS))
         _one_of("wire", wire, ("auto", "p2p"))
+        _one_of("check", check, CHECKS)
         group, ulysses = _resolve(group, ulysses)
-        self.wire: Wire = _wire(group)
+        self.wire = _wire(group)
+        self.check: Check = check
         self.rank, self.size = self.wire.rank, self.wire.size
         if ulysses < 1 or self.size % ulysses:
             raise ValueError(f"ulysses={ulysses} must divide the {self.size} ranks of the group: use one of {_divisors(self.size)}")
@@ -75,6 +85,7 @@ class SequenceParallel:
         several_hosts = hosts_even and 1 < per_node < self.ring_wire.size
         self.order = ("double_ring" if several_hosts else "ring") if order == "auto" else order
         self._order = ORDERS[self.order](self.ring_wire.size, per_node)
+        self.seeds = Seeds(self.wire)
 
     @classmethod
     def single(cls, device: torch.device | str | None = None) -> SequenceParallel:
@@ -85,6 +96,12 @@ class SequenceParallel:
     def device(self) -> torch.device:
         """Where `indices` and `positions` live."""
         return self.wire.device
+
+    def seed_dropout(self, seed: int) -> None:
+        """Let the seeds of dropout begin anew: calls from here on drop what they drop after any `seed_dropout(seed)`, on any number of
+        ranks. Every rank calls it with the same number. Without it rank 0's default generator says where they begin, at the first call.
+        """
+        self.seeds.start(seed)
 
     def sequence(
         self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None, mask: Slices | None = None
@@ -118,7 +135,7 @@ class ShardedSequence:
 
     def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None):
         self.sp, self.cu_seqlens = sp, cu_seqlens
-        self.length = cu_seqlens[-1]
+        self.length, self._balanced = cu_seqlens[-1], mask
         ranks = sp.ring_wire.size
         ring_layout = LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask)
         self.layout: Layout = split(ring_layout, sp.ulysses)
@@ -126,7 +143,7 @@ class ShardedSequence:
         self.local_length = self.lengths[sp.rank]
         self._plans: dict[AnyMask, tuple[Visit, ...]] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._schemes: dict[tuple, Scheme] = {}
+        self._schemes: OrderedDict[tuple, Scheme] = OrderedDict()
 
     @cached_property
     def indices(self) -> Tensor:
@@ -166,18 +183,47 @@ class ShardedSequence:
         """
         if x_local.shape[dim] != self.local_length:
             raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {tuple(x_local.shape)}")
-        return _Unshard.apply(x_local, self, dim % x_local.dim())
+        dim %= x_local.dim()
+        kept = tuple(n for d, n in enumerate(x_local.shape) if d != dim)
+        self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))
+        return _Unshard.apply(x_local, self, dim)
 
-    def scheme(self, mask: AnyMask, kernel: Kernel, scale: float, heads: int, kv_heads: int) -> Scheme:
-        """How attention over this sequence is carried out; made once and shared by all layers.
+    def agree(self, call: str, **fields: object) -> None:
+        """Raise Disagreement on every rank unless all are about to make this call, with these hashable fields, on this sequence.
+
+        Every collective begins with it; `SequenceParallel(check=...)` says when ranks really compare.
+        """
+        if (sp := self.sp).size > 1:
+            agree(sp.wire, sp.check, call, self._shared | fields)
+
+    @cached_property
+    def _shared(self) -> dict[str, object]:
+        """What ranks have to agree on whatever they call."""
+        sp = self.sp
+        scheme = {"layout": sp.layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire.name}
+        return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self._balanced)}
+
+    def scheme(
+        self, mask: AnyMask, kernel: Kernel, scale: float, heads: int, kv_heads: int, variants: tuple[float, float] | None = None
+    ) -> Scheme:
+        """How attention over this sequence is carried out; made once and shared by all layers. `variants`: (softcap, dropout_p).
 
         Raises ValueError if the heads cannot be dealt out to the ranks of a Ulysses group.
         """
-        key = (mask, kernel, scale, heads, kv_heads)
+        key = (mask, kernel, scale, heads, kv_heads, variants)
         if key not in self._schemes:
             ulysses, sp = self.head_exchange(heads, kv_heads), self.sp
-            self._schemes[key] = Scheme(self.visits(mask), sp.ring_wire, ulysses, kernel, scale)
+            asked = None if variants is None else Variants(*variants, self._positions)
+            self._schemes[key] = Scheme(self.visits(mask), sp.ring_wire, ulysses, kernel, scale, asked)
+            if len(self._schemes) > _SCHEMES:  # a scale that is learned makes one a step
+                self._schemes.popitem(last=False)
         return self._schemes[key]
+
+    @cached_property
+    def _positions(self) -> Positions:
+        """Of what the ring works on."""
+        outer = gathered(self.layout, self.sp.ulysses)
+        return Positions(outer[self.sp.ring_wire.rank], outer)
 
     def visits(self, mask: AnyMask) -> tuple[Visit, ...]:
         """The plan of this rank's ring for a mask."""
@@ -197,6 +243,11 @@ class ShardedSequence:
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1
         return f"ShardedSequence({self.length} tokens, {documents} document{'s' * (documents > 1)}, {self.local_length} here, {self.sp!r})"
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """True if what is computed from these tensors will be differentiated by one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _Unshard(torch.autograd.Function):
@@ -287,7 +338,7 @@ def _resolve(group: Group | None, ulysses: int | str) -> tuple[dist.ProcessGroup
     return group._flatten().get_group(), degree
 
 
-def _wire(group: dist.ProcessGroup | LocalWire | None) -> Wire:
+def _wire(group: dist.ProcessGroup | LocalWire | None) -> P2PWire | LocalWire:
     if isinstance(group, LocalWire):
         return group
     if group is None:

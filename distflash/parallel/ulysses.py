@@ -89,7 +89,8 @@ class Ulysses:
         """Send `parts(rank)` to each rank; return what each rank sent us, in rank order, of shapes `forms(rank)`."""
         others = [r for r in range(self.wire.size) if r != self.wire.rank]
         arriving = {r: empty(forms(r), device) for r in others}
-        self.wire.exchange({r: pack(parts(r)) for r in others}, arriving).wait()
+        with self.wire.journal.during("all-to-all"):
+            self.wire.exchange({r: pack(parts(r)) for r in others}, arriving).wait()
         return [unpack(arriving[r], forms(r)) if r in arriving else parts(r) for r in range(self.wire.size)]
 
 

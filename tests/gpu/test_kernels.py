@@ -206,3 +206,25 @@ def test_addresses_and_strides_that_are_no_multiple_of_16_bytes(name):
     shifted = [torch.zeros(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x) for x in tensors]
     for moved in (odd, shifted):
         judge(run(*moved, name, {"causal": True}), *tensors, {"causal": True}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal documents"])
+@pytest.mark.parametrize("variant", ["softcap", "alibi", "dropout", "all"])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 128), ("fp16", 59), ("fp32", 64)])
+def test_variants_of_the_scores(dtype, head_dim, variant, mask):
+    """The portable kernel beside the dense one, which reads the same seed of dropout."""
+    kind = DTYPES[dtype]
+    q, k, v, dout = inputs(kind, 700, 700, 8, 2, head_dim)
+    asked = {
+        "softcap": {"softcap": 3.0},
+        "alibi": {"alibi_slopes": torch.linspace(0.01, 0.5, 8, device="cuda")},
+        "dropout": {"dropout_p": 0.25},
+    }
+    options = dict(MASKS[mask], **(asked.get(variant) or {key: value for one in asked.values() for key, value in one.items()}))
+
+    def found(name, *tensors):
+        torch.manual_seed(5)  # of the seed that the call draws
+        return run(*tensors, name, options)
+
+    truth = found("reference", *(x.double() for x in (q, k, v, dout)))
+    check(found("triton", q, k, v, dout), truth, found("reference", q, k, v, dout), kind)

@@ -30,19 +30,22 @@ def listening():
                 found.add(fields[1].split(":")[0])
     return sorted(found)
 
-world = init(timeout=60)
+how = sys.argv[1] if len(sys.argv) > 1 else "end"
+world = init(timeout=60, heartbeat=1.0 if how == "stop" else None)
 assert init() is world
 total = torch.tensor([world.rank + 1])
 dist.all_reduce(total)
 os.write(1, f"RANK {world.rank}/{world.size} local {world.local_rank}/{world.local_size} {world.device} {world.backend} {world.launcher} "
             f"sum {total.item()} threads {os.environ.get('OMP_NUM_THREADS')} listens {listening()}\\n".encode())
-how = sys.argv[1] if len(sys.argv) > 1 else "end"
 if how == "once":  # fails in the first attempt only
     how = "raise" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else "end"
 if how != "end":
     if world.rank == 1:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            dist.all_reduce(total)
         if how == "exit":
             sys.exit(7)
         raise RuntimeError("the bug of rank 1")

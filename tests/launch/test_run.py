@@ -1,11 +1,14 @@
 """launch/run.py: `distflash run` and torchrun with real processes. Each launch costs some 5 to 10 s, so they are few."""
 
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from distflash.launch import run as runner
+from distflash.launch.heartbeat import EXIT_PEER_LOST
 from tests.launch.programs import distflash, ranks_of, start
 
 
@@ -53,6 +56,14 @@ def test_a_rank_that_exits_with_a_code_of_its_own_is_the_one_named(tmp_path):
     assert "rank 1 (pid " in done.stderr and "failed first, with exit code 7" in done.stderr
 
 
+def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
+    done = start(distflash("run", "-n", "2", "rank.py", "stop"), tmp_path)
+    assert done.returncode == EXIT_PEER_LOST, done.stderr
+    assert "DistFlashPeerLost: rank 1 (host " in done.stderr and "; rank 0 was in no call of distflash" in done.stderr
+    pid = re.search(r"DistFlashPeerLost: rank 1 .host .*, pid ([0-9]+)", done.stderr)[1]
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_torchrun_recovers_after_a_restart(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     done = start([*torchrun, "rank.py", "once"], tmp_path, timeout=90)
@@ -74,6 +85,7 @@ def failure(exitcode, time_ns=None):
         ({0: failure(1, 20), 1: failure(1, 10)}, 1),  # the earlier exception
         ({0: failure(1, 10), 1: failure(-9)}, 1),  # killed; the exception is "connection closed"
         ({0: failure(1, 10), 1: failure(7)}, 1),  # left by itself
+        ({0: failure(75), 1: failure(1, 10)}, 1),  # lost its peer
         ({0: failure(-6), 1: failure(1, 10)}, 1),  # aborted by NCCL's watchdog
         ({0: failure(-15), 1: failure(-11)}, 1),  # ended by the agent
         ({0: failure(1), 1: failure(1)}, 0),

@@ -43,6 +43,8 @@ class HopperKernel:
             return f"hopper kernels need compute capability 9.0, {problem.device} has {capability[0]}.{capability[1]}"
         if problem.dtype not in (torch.bfloat16, torch.float16):
             return f"hopper kernels compute in bf16 and fp16, not in {problem.dtype}"
+        if problem.variants:
+            return f"hopper kernels do not compute {', '.join(problem.variants)}"
         sides = problem.head_dim, problem.v_head_dim
         if not fit(self._forward, *sides) or not fit(self._backward, *sides):
             most = [max(pair[n] for pair in tiles) for n in (0, 1) for tiles in (self._forward, self._backward)]

@@ -12,6 +12,7 @@ A row with lse = -inf keeps nothing, so it only meets masked steps, where the ma
 import triton
 import triton.language as tl
 
+from distflash.kernels.triton.scores import dropped, looked_up, shaped
 from distflash.kernels.triton.tiles import column_ranges, kept, load_pairs, load_step, load_tile, store_tile
 
 
@@ -42,35 +43,46 @@ def stats_kernel(lse, delta, stats, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _dkv_range(
-    dk, dv, keys, values, q, dout, q_box, dout_box, batch, head, stats, q_t, dout_t, begin, stop, end, rows, lo, hi, scale2,
+    dk, dv, keys, values, q, dout, q_box, dout_box, batch, head, stats, q_t, dout_t, begin, stop, end, rows, lo, hi, scale2, here,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
-    WIDE: tl.constexpr, BOXES: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, BOXES: tl.constexpr, ASKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One range of queries (the columns here), all tiles transposed: P and dS stay in registers as left operands."""
     for column in tl.range(begin, stop, COLUMNS):
         q_tile = load_step(q_box, q, q_t, batch, head, column, end, D, COLUMNS, PAD, WIDE, MASKED, BOXES)  # [COLUMNS, PAD]
         log_sum, delta = load_pairs(stats, column, end, COLUMNS, MASKED)
-        p = tl.exp2(tl.dot(keys, q_tile.T, input_precision="ieee") * scale2 - log_sum[None, :])  # [ROWS, COLUMNS]
+        score = tl.dot(keys, q_tile.T, input_precision="ieee")  # [ROWS, COLUMNS]
+        if ASKED:
+            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            p = tl.exp2(score - log_sum[None, :])
+        else:
+            p = tl.exp2(score * scale2 - log_sum[None, :])
         if MASKED:
             p = tl.where(kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO), p, 0.0)
         do = load_step(dout_box, dout, dout_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(values, do.T, input_precision="ieee")  # [ROWS, COLUMNS]
-        ds = p * (dp - delta[None, :])
+        if ASKED:
+            dv = tl.dot(dropped(p, here, at, True, ASKED).to(do.dtype), do, dv, input_precision="ieee")
+            dp = dropped(tl.dot(values, do.T, input_precision="ieee"), here, at, True, ASKED)
+            ds = p * (dp - delta[None, :]) * derivative
+        else:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(values, do.T, input_precision="ieee")  # [ROWS, COLUMNS]
+            ds = p * (dp - delta[None, :])
         if MASKED:
             ds = tl.where(p > 0.0, ds, 0.0)  # a key of this block that nobody sees may be NaN: its dk is 0, not 0 * NaN
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_blocks", "kv_heads", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["n_blocks", "kv_heads", "q_len", "kv_len", "seed", "threshold", "first_head"])
 def dkv_kernel(
     q, k, v, dout, q_box, dout_box, stats, dk, dv, blocks, entries, scale, scale2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dout_b, dout_t, dout_h, n_blocks, kv_heads, group, q_len, kv_len,
+    asked, seed, threshold, first_head,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_LO: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr,
+    HAS_LO: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, Hk, D], dv [B, S, Hk, DV], contiguous; bands of the table are on query - key; q_box, dout_box as forward_kernel's."""
+    """dk [B, S, Hk, D], dv [B, S, Hk, DV], contiguous; bands of the table are on query - key; boxes and ASKED as forward_kernel's."""
     program = tl.program_id(0)
     block = blocks + 4 * (program % n_blocks)
     kv_head = program // n_blocks % kv_heads
@@ -87,6 +99,7 @@ def dkv_kernel(
     for head in range(kv_head * group, kv_head * group + group):
         q_head = q + batch * q_b + tl.cast(head, tl.int64) * q_h
         dout_head = dout + batch * dout_b + tl.cast(head, tl.int64) * dout_h
+        here = looked_up(asked, seed, threshold, first_head, kv_heads * group, batch_32, head, first_row, stop_row, ROWS, ASKED)
         pairs = stats + (batch * kv_heads * group + head) * q_len * 2
         for n in range(entry, entry + n_entries):
             start, stop = tl.load(entries + 4 * n), tl.load(entries + 4 * n + 1)
@@ -95,18 +108,18 @@ def dkv_kernel(
             if HAS_LO:
                 dk_tile, dv_tile = _dkv_range(
                     dk_tile, dv_tile, keys, values, q_head, dout_head, q_box, dout_box, batch_32, head, pairs, q_t, dout_t,
-                    first, tl.minimum(inner, end), end, rows, lo, hi, scale2,
-                    D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+                    first, tl.minimum(inner, end), end, rows, lo, hi, scale2, here,
+                    D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
                 )  # fmt: skip
             dk_tile, dv_tile = _dkv_range(
                 dk_tile, dv_tile, keys, values, q_head, dout_head, q_box, dout_box, batch_32, head, pairs, q_t, dout_t,
-                inner, tail, end, rows, lo, hi, scale2,
-                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=False,
+                inner, tail, end, rows, lo, hi, scale2, here,
+                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=False,
             )  # fmt: skip
             dk_tile, dv_tile = _dkv_range(
                 dk_tile, dv_tile, keys, values, q_head, dout_head, q_box, dout_box, batch_32, head, pairs, q_t, dout_t,
-                tail, end, end, rows, lo, hi, scale2,
-                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+                tail, end, end, rows, lo, hi, scale2, here,
+                D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
             )  # fmt: skip
 
     plane = batch * kv_len * kv_heads + kv_head
@@ -116,31 +129,40 @@ def dkv_kernel(
 
 @triton.jit
 def _dq_range(
-    dq, q, do, log_sum, delta, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, end, rows, lo, hi, scale2,
+    dq, q, do, log_sum, delta, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, end, rows, lo, hi, scale2, here,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
-    WIDE: tl.constexpr, BOXES: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, BOXES: tl.constexpr, ASKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One range of keys: dq += dS k."""
     for column in tl.range(begin, stop, COLUMNS):
         keys = load_step(k_box, k, k_t, batch, head, column, end, D, COLUMNS, PAD, WIDE, MASKED, BOXES)  # [COLUMNS, PAD]
-        p = tl.exp2(tl.dot(q, keys.T, input_precision="ieee") * scale2 - log_sum[:, None])  # [ROWS, COLUMNS]
+        score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS]
+        if ASKED:
+            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            p = tl.exp2(score - log_sum[:, None])
+        else:
+            p = tl.exp2(score * scale2 - log_sum[:, None])
         if MASKED:
             p = tl.where(kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO), p, 0.0)
         values = load_step(v_box, v, v_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
         dp = tl.dot(do, values.T, input_precision="ieee")
-        ds = p * (dp - delta[:, None])
+        if ASKED:
+            ds = p * (dropped(dp, here, at, False, ASKED) - delta[:, None]) * derivative
+        else:
+            ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
     return dq
 
 
-@triton.jit(do_not_specialize=["n_blocks", "heads", "q_len"])
+@triton.jit(do_not_specialize=["n_blocks", "heads", "q_len", "seed", "threshold", "first_head"])
 def dq_kernel(
     q, k, v, dout, k_box, v_box, stats, dq, acc_dq, blocks, entries, scale, scale2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dout_b, dout_t, dout_h, n_blocks, heads, group, q_len,
+    asked, seed, threshold, first_head,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr,
+    HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, T, H, D], contiguous, plus acc_dq of the same shape if MERGE."""
+    """dq [B, T, H, D], contiguous, plus acc_dq of the same shape if MERGE; boxes and ASKED as forward_kernel's."""
     program = tl.program_id(0)
     block = blocks + 4 * (program % n_blocks)
     head = program // n_blocks % heads
@@ -156,6 +178,7 @@ def dq_kernel(
     k += batch * k_b + tl.cast(kv_head, tl.int64) * k_h
     v += batch * v_b + tl.cast(kv_head, tl.int64) * v_h
     batch_32 = tl.cast(batch, tl.int32)
+    here = looked_up(asked, seed, threshold, first_head, heads, batch_32, head, first_row, stop_row, ROWS, ASKED)
     tile = tl.zeros([ROWS, PAD], tl.float32)
     for n in range(entry, entry + n_entries):
         start, stop = tl.load(entries + 4 * n), tl.load(entries + 4 * n + 1)
@@ -164,15 +187,15 @@ def dq_kernel(
         if HAS_LO:
             tile = _dq_range(
                 tile, q_tile, do, log_sum, delta, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, first, tl.minimum(inner, end), end,
-                rows, lo, hi, scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+                rows, lo, hi, scale2, here, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
             )  # fmt: skip
         tile = _dq_range(
-            tile, q_tile, do, log_sum, delta, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, inner, tail, end, rows, lo, hi, scale2,
-            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=False,
+            tile, q_tile, do, log_sum, delta, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, inner, tail, end, rows, lo, hi, scale2, here,
+            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=False,
         )  # fmt: skip
         tile = _dq_range(
-            tile, q_tile, do, log_sum, delta, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, tail, end, end, rows, lo, hi, scale2,
-            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+            tile, q_tile, do, log_sum, delta, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, tail, end, end, rows, lo, hi, scale2, here,
+            D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
         )  # fmt: skip
 
     plane = (batch * q_len * heads + head) * D

@@ -62,6 +62,16 @@ _FP32 = {  # exact fp32 dots run on the FMA units, operands in registers
     "dkv": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
     "dq": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 8, 1)),
 }
+_ASKED = {  # with softcap, ALiBi or dropout, which take registers: few scores a thread; fits every NVIDIA family
+    "forward": (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
+    "dkv": (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
+}
+_ASKED_CDNA = {
+    "forward": (Config(128, 32, 4, 1), Config(128, 32, 4, 1), Config(64, 32, 4, 1)),
+    "dkv": (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
+}
 _SMALL = {
     "forward": (Config(64, 64, 4, 1, WHOLE, overlap=True),) * 3,
     "dkv": (Config(64, 64, 4, 1, EVERY),) * 3,
@@ -81,9 +91,13 @@ def family(device: torch.device) -> str:
 
 
 @cache
-def config(pass_: str, arch: str, itemsize: int, width: int) -> Config:
-    """The configuration of a pass for a padded head of `width`."""
-    table = _FP32 if itemsize == 4 and arch != "interpreter" else FAMILIES[arch]
+def config(pass_: str, arch: str, itemsize: int, width: int, plain: bool = True) -> Config:
+    """The configuration of a pass for a padded head of `width`; not `plain`: with softcap, ALiBi or dropout."""
+    table = FAMILIES[arch]
+    if arch != "interpreter" and itemsize == 4:
+        table = _FP32
+    elif arch != "interpreter" and not plain:
+        table = _ASKED_CDNA if arch == "gfx9" else _ASKED
     return table[pass_][next(n for n, limit in enumerate(_WIDTHS) if width <= limit)]
 
 

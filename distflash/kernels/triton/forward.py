@@ -9,6 +9,7 @@ The body exceeds the usual length because a kernel's whole state is its local va
 import triton
 import triton.language as tl
 
+from distflash.kernels.triton.scores import dropped, looked_up, shaped
 from distflash.kernels.triton.tiles import column_ranges, kept, load_step, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,16 +34,21 @@ def _softmax(score, peak, total, keep, scale2, MASKED: tl.constexpr):
 
 @triton.jit
 def _attend(
-    out, peak, total, q, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, end, rows, lo, hi, scale2,
+    out, peak, total, q, k, v, k_box, v_box, batch, head, k_t, v_t, begin, stop, end, rows, lo, hi, scale2, here,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, COLUMNS: tl.constexpr, HAS_LO: tl.constexpr,
-    WIDE: tl.constexpr, BOXES: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, BOXES: tl.constexpr, ASKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One range of columns: out, row maxima and row sums, updated by the online softmax."""
     for column in tl.range(begin, stop, COLUMNS):
         keys = load_step(k_box, k, k_t, batch, head, column, end, D, COLUMNS, PAD, WIDE, MASKED, BOXES)  # [COLUMNS, PAD]
         score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS] fp32
         keep = kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO) if MASKED else 0
-        p, shrink, peak, total = _softmax(score, peak, total, keep, scale2, MASKED)
+        if ASKED:
+            score, _, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            p, shrink, peak, total = _softmax(score, peak, total, keep, 1.0, MASKED)
+            p = dropped(p, here, at, False, ASKED)  # after the sum: lse is of what was there before
+        else:
+            p, shrink, peak, total = _softmax(score, peak, total, keep, scale2, MASKED)
         out = out * shrink[:, None]
         values = load_step(v_box, v, v_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
         out = tl.dot(p.to(values.dtype), values, out, input_precision="ieee")
@@ -75,16 +81,19 @@ def _attend_overlapped(
     return out, peak, total
 
 
-@triton.jit(do_not_specialize=["n_blocks", "heads", "q_len"])
+@triton.jit(do_not_specialize=["n_blocks", "heads", "q_len", "seed", "threshold", "first_head"])
 def forward_kernel(
     q, k, v, k_box, v_box, out, lse, acc_out, acc_lse, blocks, entries, scale2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, n_blocks, heads, group, q_len,
+    asked, seed, threshold, first_head,
     D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, PAD_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_LO: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, OVERLAP: tl.constexpr,
+    ASKED: tl.constexpr,
 ):  # fmt: skip
     """out [B, T, H, DV] and lse [B, H, T], both contiguous; acc_out and acc_lse likewise, read if MERGE. Needs scale2 >= 0.
 
     k_box, v_box: descriptors of k and v as [B, Hk, S, D] in boxes of COLUMNS rows, or None if BOXES is 0.
+    ASKED, asked, seed, threshold, first_head: see triton.scores. OVERLAP goes with ASKED = 0.
     """
     program = tl.program_id(0)
     block = blocks + 4 * (program % n_blocks)  # a head's blocks run side by side and share its k and v in L2
@@ -99,6 +108,7 @@ def forward_kernel(
     k += batch * k_b + tl.cast(kv_head, tl.int64) * k_h
     v += batch * v_b + tl.cast(kv_head, tl.int64) * v_h
     batch_32 = tl.cast(batch, tl.int32)
+    here = looked_up(asked, seed, threshold, first_head, heads, batch_32, head, first_row, stop_row, ROWS, ASKED)
     o = tl.zeros([ROWS, PAD_V], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -109,7 +119,7 @@ def forward_kernel(
         if HAS_LO:
             o, peak, total = _attend(
                 o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, first, tl.minimum(inner, end), end, rows, lo, hi,
-                scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+                scale2, here, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
             )  # fmt: skip
         if OVERLAP:
             o, peak, total = _attend_overlapped(
@@ -119,11 +129,11 @@ def forward_kernel(
         else:
             o, peak, total = _attend(
                 o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, inner, tail, end, rows, lo, hi,
-                scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=False,
+                scale2, here, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=False,
             )  # fmt: skip
         o, peak, total = _attend(
             o, peak, total, q_tile, k, v, k_box, v_box, batch_32, kv_head, k_t, v_t, tail, end, end, rows, lo, hi,
-            scale2, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, MASKED=True,
+            scale2, here, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
         )  # fmt: skip
 
     line = (batch * heads + head) * q_len + rows  # of lse

@@ -10,18 +10,21 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distflash.kernels.base import Partial, Problem
+from distflash.kernels.base import Partial, Problem, Scores
 from distflash.kernels.box import heads_first, readable
+from distflash.kernels.scores import threshold
 from distflash.kernels.table import column_table, row_table
 from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
 from distflash.kernels.triton.configs import Config, config, family, pad
 from distflash.kernels.triton.forward import forward_kernel
+from distflash.kernels.triton.scores import ALIBI, DROPOUT, SOFTCAP, Asked
 from distflash.tile import Tiles
 
 INTERPRETED = not isinstance(forward_kernel, JITFunction)  # Triton chose when the kernels were decorated
@@ -55,8 +58,9 @@ class TritonKernel:
         return self
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None
-    ) -> Partial:
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, *, acc: Partial | None = None, dtype: torch.dtype | None = None,
+        scores: Scores | None = None,
+    ) -> Partial:  # fmt: skip
         """Attend over `tiles` and merge with `acc`; in place where acc is contiguous and `out` stays fp32."""
         q, k, v = _rowwise(-q if scale < 0 else q), _rowwise(k), _rowwise(v)  # the kernel's row maximum needs a scale >= 0
         (B, Tq, H, D), Dv, dtype = q.shape, v.shape[3], dtype or torch.float32
@@ -64,16 +68,17 @@ class TritonKernel:
         stays = acc is not None and dtype == torch.float32
         out = acc.out if acc is not None and stays else torch.empty(B, Tq, H, Dv, dtype=dtype, device=q.device)
         lse = acc.lse if acc is not None else torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-        tile = self._config("forward", q, v)
+        tile = self._config("forward", q, v, scores)
         table = row_table(tiles, tile.rows, q.device)
         blocks = table.busy if stays else len(table.blocks)
         boxes = _boxes(tile, k, v)
         self._launch(
             forward_kernel, q, blocks * B * H, tile,
             q, k, v, *boxes, out, lse, acc.out if acc else out, lse, table.blocks, table.entries, abs(scale) * _LOG2E,
-            *_strides(q, k, v), blocks, H, H // max(k.shape[2], 1), Tq,
+            *_strides(q, k, v), blocks, H, H // max(k.shape[2], 1), Tq, *_asked(scores, abs(scale)),
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
             HAS_LO=table.has_lo, MERGE=acc is not None, WIDE=_wide(q, k, v, out), BOXES=tile.boxes if boxes[0] else 0, OVERLAP=tile.overlap,
+            ASKED=_flags(scores),
         )  # fmt: skip
         return Partial(out, lse)
 
@@ -104,6 +109,7 @@ class TritonKernel:
         dq: Tensor | None = None,
         dq_dtype: torch.dtype | None = None,
         dkv_dtype: torch.dtype | None = None,
+        scores: Scores | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv, bit-equal from run to run; dq in place where it is contiguous and stays fp32."""
         q, k, v, dout = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(dout.to(q.dtype))
@@ -114,9 +120,9 @@ class TritonKernel:
         stays = carried is not None and dq_dtype == carried.dtype
         dq = carried if carried is not None and stays else torch.empty(q.shape, dtype=dq_dtype, device=q.device)
         with _fork(q.device) as beside:
-            self._dkv(dout, q, k, v, stats, tiles, scale, dk, dv)
+            self._dkv(dout, q, k, v, stats, tiles, scale, scores, dk, dv)
             with beside:
-                self._dq(dout, q, k, v, stats, tiles, scale, dq, carried, stays)
+                self._dq(dout, q, k, v, stats, tiles, scale, scores, dq, carried, stays)
         return dq, dk, dv
 
     def _stats(self, lse: Tensor, delta: Tensor) -> Tensor:
@@ -125,37 +131,41 @@ class TritonKernel:
         self._launch(stats_kernel, lse, -(-lse.numel() // 1024), Config(1, 1, 4, 1), lse, delta, stats, lse.numel(), BLOCK=1024)
         return stats
 
-    def _dkv(self, dout, q, k, v, stats, tiles: Tiles, scale: float, dk: Tensor, dv: Tensor) -> None:
+    def _dkv(self, dout, q, k, v, stats, tiles: Tiles, scale: float, scores: Scores | None, dk: Tensor, dv: Tensor) -> None:
         (B, Tq, H, D), (_, Tk, Hk, Dv) = q.shape, v.shape
-        tile = self._config("dkv", q, v)
+        tile = self._config("dkv", q, v, scores)
         table = column_table(tiles, tile.rows, q.device)
         blocks = len(table.blocks)
         boxes = _boxes(tile, q, dout)
         self._launch(
             dkv_kernel, q, blocks * B * Hk, tile,
             q, k, v, dout, *boxes, stats, dk, dv, table.blocks, table.entries, scale, scale * _LOG2E,
-            *_strides(q, k, v, dout), blocks, Hk, H // max(Hk, 1), Tq, Tk,
+            *_strides(q, k, v, dout), blocks, Hk, H // max(Hk, 1), Tq, Tk, *_asked(scores, scale, transposed=True),
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
-            HAS_LO=table.has_lo, WIDE=_wide(q, k, v, dout), BOXES=tile.boxes if boxes[0] else 0,
+            HAS_LO=table.has_lo, WIDE=_wide(q, k, v, dout), BOXES=tile.boxes if boxes[0] else 0, ASKED=_flags(scores),
         )  # fmt: skip
 
-    def _dq(self, dout, q, k, v, stats, tiles: Tiles, scale: float, dq: Tensor, carried: Tensor | None, stays: bool) -> None:
+    def _dq(
+        self, dout, q, k, v, stats, tiles: Tiles, scale: float, scores: Scores | None, dq: Tensor, carried: Tensor | None, stays: bool
+    ) -> None:
         (B, Tq, H, D), (_, _, Hk, Dv) = q.shape, v.shape
-        tile = self._config("dq", q, v)
+        tile = self._config("dq", q, v, scores)
         table = row_table(tiles, tile.rows, q.device)
         blocks = table.busy if stays else len(table.blocks)
         boxes = _boxes(tile, k, v)
         self._launch(
             dq_kernel, q, blocks * B * H, tile,
             q, k, v, dout, *boxes, stats, dq, dq if carried is None else carried, table.blocks, table.entries, scale, scale * _LOG2E,
-            *_strides(q, k, v, dout), blocks, H, H // max(Hk, 1), Tq,
+            *_strides(q, k, v, dout), blocks, H, H // max(Hk, 1), Tq, *_asked(scores, scale),
             D=D, DV=Dv, PAD=pad(D), PAD_V=pad(Dv), ROWS=tile.rows, COLUMNS=tile.columns,
             HAS_LO=table.has_lo, MERGE=carried is not None, WIDE=_wide(q, k, v, dout), BOXES=tile.boxes if boxes[0] else 0,
+            ASKED=_flags(scores),
         )  # fmt: skip
 
-    def _config(self, pass_: str, q: Tensor, v: Tensor) -> Config:
+    def _config(self, pass_: str, q: Tensor, v: Tensor, scores: Scores | None) -> Config:
         width = pad(max(q.shape[3], v.shape[3]))
-        return self._configs.get(pass_) or config(pass_, family(q.device), q.element_size(), width)
+        chosen = self._configs.get(pass_) or config(pass_, family(q.device), q.element_size(), width, scores is None)
+        return chosen if scores is None else replace(chosen, overlap=False)
 
     @staticmethod
     def _launch(kernel, on: Tensor, programs: int, tile: Config, *args, **constants) -> None:
@@ -190,6 +200,26 @@ def _fork(device: torch.device) -> Iterator[contextlib.AbstractContextManager]:
 @functools.cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def _asked(scores: Scores | None, scale: float, transposed: bool = False) -> tuple[Asked | None, int | None, int | None, int | None]:
+    """(asked, seed, threshold, first_head) of a kernel; `transposed` if its rows are keys."""
+    if scores is None:
+        return None, None, None, None
+    rows, columns = (scores.k_positions, scores.q_positions) if transposed else (scores.q_positions, scores.k_positions)
+    inner = scale / scores.softcap if scores.softcap else 0.0
+    slopes = rows if scores.slopes is None else scores.slopes
+    if (dropout := scores.dropout) is None:
+        return Asked(rows, columns, slopes, inner, scores.softcap, 1.0), 0, 0, 0
+    return Asked(rows, columns, slopes, inner, scores.softcap, 1 / (1 - dropout.p)), dropout.seed, threshold(dropout), dropout.head
+
+
+def _flags(scores: Scores | None) -> int:
+    """ASKED of a kernel."""
+    if scores is None:
+        return 0
+    found = ((SOFTCAP, bool(scores.softcap)), (ALIBI, scores.slopes is not None), (DROPOUT, scores.dropout is not None))
+    return sum(flag.value for flag, on in found if on)
 
 
 def _rowwise(t: Tensor) -> Tensor:

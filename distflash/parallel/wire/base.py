@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distflash.parallel.wire.journal import Journal
+
 _ALIGN = 128  # bytes: what follows in a message starts where TMA and vector loads may
 
 
@@ -31,6 +33,7 @@ class Wire(Protocol):
     size: int
     per_node: int  # how many consecutive ranks share a host
     device: torch.device  # where tensors live unless the caller says otherwise
+    journal: Journal  # what this rank is about on it
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         """Start sending `sends[rank]` and receiving into `recvs[rank]`, all at once. Empty messages are not sent.
@@ -53,7 +56,7 @@ class SubWire:
 
     def __init__(self, parent: Wire, members: Sequence[int], per_node: int):
         self.parent, self.members, self.per_node = parent, tuple(members), per_node
-        self.name, self.device = parent.name, parent.device
+        self.name, self.device, self.journal = parent.name, parent.device, parent.journal
         self.rank, self.size = self.members.index(parent.rank), len(self.members)
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:

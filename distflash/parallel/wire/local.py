@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distflash.parallel.wire.base import Pending, SubWire, Wire
+from distflash.parallel.wire.journal import Journal, Now
 
 _PATIENCE = 120.0  # seconds a rank waits for another one before it gives up
 
@@ -26,6 +27,8 @@ class LocalGroup:
         self.sent, self.asked = Counter(), Counter()  # messages of each pair so far: the n-th that is asked for is the n-th sent
         self.changed = threading.Condition()
         self.failed = False
+        self.notes: dict[int, dict[int, str]] = defaultdict(dict)  # by round, then by rank
+        self.journals: dict[int, Journal] = {}
 
     def wire(self, rank: int) -> LocalWire:
         return LocalWire(self, rank)
@@ -45,10 +48,12 @@ class LocalWire:
     """One rank's end of a LocalGroup."""
 
     name = "local"
+    patience = _PATIENCE
 
     def __init__(self, group: LocalGroup, rank: int):
         self.group, self.rank, self.size = group, rank, group.size
         self.device, self.per_node = group.device, group.per_node
+        self.journal = group.journals.setdefault(rank, Journal("of threads"))
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         with self.group.changed:
@@ -65,6 +70,23 @@ class LocalWire:
 
     def sub(self, members: Sequence[int]) -> Wire:
         return SubWire(self, members, max(1, self.per_node * len(members) // self.size))
+
+    def post(self, round: int, note: str) -> None:
+        with self.group.changed:
+            self.group.notes[round][self.rank] = note
+            self.group.notes.pop(round - 2, None)
+            self.group.changed.notify_all()
+
+    def read(self, round: int, seconds: float) -> dict[int, str]:
+        notes = self.group.notes[round]
+        with self.group.changed:
+            self.group.changed.wait_for(lambda: len(notes) == self.size or self.group.failed, seconds)
+            if self.group.failed and len(notes) < self.size:
+                raise RankLost(f"rank {self.rank} waited for notes of other ranks, of which one failed")
+            return dict(notes)
+
+    def others(self) -> dict[int, Now]:
+        return {rank: journal.now for rank, journal in self.group.journals.items() if rank != self.rank}
 
 
 class _Receipt:

@@ -7,33 +7,50 @@ host waits for neither.
 
 from __future__ import annotations
 
+import secrets
 import socket
+import time
 import zlib
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distflash.parallel.wire import journal
 from distflash.parallel.wire.base import Pending, SubWire, Wire
+from distflash.parallel.wire.journal import DistFlashPeerLost, Journal, Now, blaming
+
+_PAUSE = 5e-4  # seconds between two looks into the store, growing
+_JOURNALS: WeakKeyDictionary[dist.ProcessGroup, tuple[Journal, dist.Store]] = WeakKeyDictionary()
 
 
 class P2PWire:
-    """The wire over a ProcessGroup. Creating it gathers one integer a rank: which host it runs on."""
+    """The wire over a ProcessGroup. Creating it gathers two integers a rank: which host it runs on, and a random number.
+
+    Wires over one group share its journal, and rank 0's number tells their keys in the store from all others.
+    """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, group.rank(), group.size()
         backend = dist.get_backend(group)
         self.name = f"p2p ({backend})"
         self.device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
-        self.per_node = self._ranks_per_node()
+        mine = torch.tensor([zlib.crc32(host_name().encode()), secrets.randbits(62)], dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with blaming():
+            dist.all_gather(found, mine, group=group)
+            hosts, numbers = torch.stack(found).T.tolist()
+        self.per_node = self._ranks_per_node(hosts)
+        if group not in _JOURNALS:
+            store = dist.PrefixStore(f"distflash/{numbers[0]:x}", dist.distributed_c10d._get_process_group_store(group))
+            _JOURNALS[group] = Journal(f"{group.group_desc} {group.group_name}"), store
+        self.journal, self.store = _JOURNALS[group]
+        self.patience: float = self.store.timeout.total_seconds()  # type: ignore[attr-defined]  # it has one, its stub has not
 
-    def _ranks_per_node(self) -> int:
+    def _ranks_per_node(self, hosts: list[int]) -> int:
         """How many consecutive ranks each host holds, or all ranks where hosts hold unequal or scattered runs."""
-        host = torch.tensor([zlib.crc32(host_name().encode())], dtype=torch.int64, device=self.device)
-        found = [torch.empty_like(host) for _ in range(self.size)]
-        dist.all_gather(found, host, group=self.group)
-        hosts = [int(h) for h in found]
         per_node = next((n for n in range(1, self.size) if hosts[n] != hosts[0]), self.size)
         runs = [hosts[i : i + per_node] for i in range(0, self.size, per_node)]
         regular = all(len(run) == per_node and len(set(run)) == 1 for run in runs) and len(runs) == len(set(hosts))
@@ -42,15 +59,43 @@ class P2PWire:
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         post = [(dist.isend, rank, x) for rank, x in sends.items()] + [(dist.irecv, rank, x) for rank, x in recvs.items()]
         ops = [dist.P2POp(op, x, group=self.group, group_peer=rank) for op, rank, x in post if x.numel()]
-        return _Posted(dist.batch_isend_irecv(ops) if ops else [], [x for *_, x in post])
+        with blaming():
+            return _Posted(dist.batch_isend_irecv(ops) if ops else [], [x for *_, x in post])
 
     def all_reduce(self, x: Tensor) -> Tensor:
         total = x.clone()
-        dist.all_reduce(total, group=self.group)
+        with blaming():
+            dist.all_reduce(total, group=self.group)
         return total
 
     def sub(self, members: Sequence[int]) -> Wire:
         return SubWire(self, members, max(1, self.per_node * len(members) // self.size))
+
+    def post(self, round: int, note: str) -> None:
+        with blaming():
+            self.store.set(f"{round}/{self.rank}", note)
+            if round > 2:
+                self.store.delete_key(f"{round - 2}/{self.rank}")
+
+    def read(self, round: int, seconds: float) -> dict[int, str]:
+        keys, end, pause = {rank: f"{round}/{rank}" for rank in range(self.size)}, time.monotonic() + seconds, _PAUSE
+        with blaming():
+            while not self.store.check([*keys.values()]):  # not store.wait: it is loud about every time that it waits in vain
+                if journal.watcher is not None and journal.watcher.lost is not None:
+                    raise DistFlashPeerLost(journal.watcher.lost)
+                if time.monotonic() > end:
+                    keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
+                    break
+                time.sleep(pause)
+                pause = min(1.5 * pause, 100 * _PAUSE)
+            return {rank: self.store.get(key).decode() for rank, key in keys.items()}
+
+    def others(self) -> dict[int, Now]:
+        watcher = journal.watcher
+        if watcher is None:
+            return {}
+        seen = {rank: watcher.now(dist.get_global_rank(self.group, rank)) for rank in range(self.size) if rank != self.rank}
+        return {rank: now for rank, now in seen.items() if now is not None}
 
 
 class _Posted:
@@ -58,8 +103,9 @@ class _Posted:
         self.works, self.buffers = works, buffers
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        with blaming():
+            for work in self.works:
+                work.wait()
         self.works, self.buffers = [], []
 
 

@@ -175,7 +175,7 @@ def test_bad_calls_raise_on_every_rank_and_leave_the_group_usable():
     def work():
         seq = distflash.SequenceParallel().sequence(S)
         q, k, v = (seq.shard(t) for t in x[:3])
-        for bad in ({"softcap": 1.0}, {"window_size": (1,)}, {"kernel": "none"}):
+        for bad in ({"softcap": -1.0}, {"window_size": (1,)}, {"kernel": "none"}):
             with pytest.raises((ValueError, NotImplementedError)):
                 distflash.attention(q, k, v, seq, **bad)
         return [run_rank(Call(causal=True), x)]

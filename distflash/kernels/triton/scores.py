@@ -1,0 +1,83 @@
+"""Softcap, ALiBi and dropout inside the kernels: what `kernels.scores` says, the softmax in base 2.
+
+    ASKED    SOFTCAP, ALIBI, DROPOUT or sums of them, a constant; 0 is none: what is not asked for is not in the compiled kernel
+    asked    an Asked; None if ASKED is 0
+    here     what a program makes of it for its rows and its head, a tuple
+Seed, threshold and first head of dropout are arguments of their own: integers inside a tuple would be compiled in, a kernel for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+SOFTCAP, ALIBI, DROPOUT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
+
+class Asked(NamedTuple):
+    """Scores become softcap * tanh(scale * q·k / softcap) - slope * distance; kept probabilities grow by `lift`."""
+
+    rows: Any  # positions, int32, of what the kernel calls rows and columns
+    columns: Any
+    slopes: Any  # [B, H] fp32; any pointer without ALIBI
+    inner: Any  # scale / softcap
+    softcap: Any
+    lift: Any  # 1 / (1 - p)
+
+
+@triton.jit
+def looked_up(asked, seed, threshold, first_head, heads, batch, head, first, end, ROWS: tl.constexpr, ASKED: tl.constexpr):
+    """`here` of rows first..end of one head."""
+    here = None
+    if ASKED:
+        at = _positions(asked.rows, first, end, ROWS)
+        slope = 0.0
+        if ALIBI & ASKED:
+            slope = tl.load(asked.slopes + batch * heads + head) * 1.4426950408889634
+        here = (asked, at, slope, seed, threshold, first_head + head, batch)
+    return here
+
+
+@triton.jit
+def _positions(positions, first, end, N: tl.constexpr):
+    at = first + tl.arange(0, N)
+    return tl.load(positions + at, mask=at < end, other=0)
+
+
+@triton.jit
+def shaped(score, scale2, here, column, end, COLUMNS: tl.constexpr, ASKED: tl.constexpr):
+    """Of q·k: (what the softmax is taken of, in base 2; its derivative by scale2 * q·k; positions of columns column..end)."""
+    asked, rows_at, slope, _, _, _, _ = here
+    at = _positions(asked.columns, column, end, COLUMNS)
+    derivative = 1.0
+    if SOFTCAP & ASKED:
+        ratio = score * asked.inner
+        small = tl.exp2(tl.abs(ratio) * -2.8853900817779268)  # exp(-2|x|): never overflows
+        share = 1.0 / (1.0 + small)
+        far = (1.0 - small) * share
+        square = ratio * ratio  # Taylor's series where 1 - exp(-2|x|) would cancel: below 0.3 it errs 1e-7
+        near = ratio * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        tanh = tl.where(tl.abs(ratio) < 0.3, near, tl.where(ratio < 0.0, -far, far))
+        score = tanh * (asked.softcap * 1.4426950408889634)
+        derivative = 4.0 * small * share * share
+    else:
+        score = score * scale2
+    if ALIBI & ASKED:
+        score -= slope * tl.abs(rows_at[:, None] - at[None, :]).to(tl.float32)
+    return score, derivative, at
+
+
+@triton.jit
+def dropped(p, here, at, KEYS_FIRST: tl.constexpr, ASKED: tl.constexpr):
+    """p, 0 where Philox 4x32-10 says so and `lift` times as large elsewhere. KEYS_FIRST: rows are keys."""
+    asked, rows_at, _, seed, threshold, head, batch = here
+    if DROPOUT & ASKED:
+        rows, columns = tl.broadcast(rows_at[:, None], at[None, :])
+        query, key = rows, columns
+        if KEYS_FIRST:
+            query, key = columns, rows
+        word, _, _, _ = tl.philox(seed, query, key, query * 0 + head, query * 0 + batch)
+        p = tl.where(word >= threshold.to(tl.uint32), p * asked.lift, 0.0)
+    return p

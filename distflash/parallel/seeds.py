@@ -1,0 +1,79 @@
+"""Seeds of dropout: one a call, the same on every rank of a group, and the same again where checkpointing runs a layer twice.
+
+Ranks draw from a generator of their own, which all of a group start alike, so that no call has to ask the others. Checkpointing does
+not know that generator, but brings back the state of torch's default one (preserve_rng_state). So each call also draws a token
+from the default generator, and a call inside a backward pass gets the seed that went with the same token in the forward.
+An operator does it, so that selective checkpointing sees the same operators both times.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from distflash.parallel.wire.base import Wire
+
+_REMEMBERED = 1 << 16  # calls that a checkpoint may still run again
+_BITS = 63
+_COUNTER = count()
+_GROUPS: WeakValueDictionary[int, Seeds] = WeakValueDictionary()
+
+
+def fresh() -> Tensor:
+    """A new seed of torch's default generator, an int64 in 0..2^63 on the CPU."""
+    return torch.randint((1 << _BITS) - 1, (), device="cpu")
+
+
+class Seeds:
+    """The seeds of one group of ranks."""
+
+    def __init__(self, wire: Wire):
+        self._wire, self._handle = wire, next(_COUNTER)
+        self._generator: random.Random | None = None
+        self._drawn: OrderedDict[int, int] = OrderedDict()  # seed by token
+        _GROUPS[self._handle] = self
+
+    def start(self, seed: int) -> None:
+        """Begin anew from `seed`, which must be the same on every rank."""
+        self._generator = random.Random(seed)
+
+    def draw(self) -> Tensor:
+        """The seed of this call, as `fresh` gives one. The first time it is a collective: rank 0 of the group says where to begin.
+
+        Raises RuntimeError inside a backward pass if the call is not one of the forward run again in the same state.
+        """
+        return torch.ops.distflash.dropout_seed(fresh(), self._handle)
+
+    def of(self, token: int) -> int:
+        """The seed that goes with a token."""
+        if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks whether a backward runs
+            if token not in self._drawn:
+                raise RuntimeError(
+                    "attention with dropout runs inside a backward pass, but not in the state of a call of the forward: "
+                    "checkpoint with preserve_rng_state=True, so that the same probabilities are dropped again"
+                )
+            return self._drawn[token]
+        if self._generator is None:
+            offer = torch.tensor(token if self._wire.rank == 0 else 0, device=self._wire.device)
+            self.start(int(self._wire.all_reduce(offer)))
+        assert self._generator is not None
+        self._drawn[token] = self._generator.getrandbits(_BITS)
+        self._drawn.move_to_end(token)
+        if len(self._drawn) > _REMEMBERED:
+            self._drawn.popitem(last=False)
+        return self._drawn[token]
+
+
+@torch.library.custom_op("distflash::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _seed(token: Tensor, handle: int) -> Tensor:
+    return torch.tensor(_GROUPS[handle].of(int(token)))
+
+
+@_seed.register_fake
+def _(token: Tensor, handle: int) -> Tensor:
+    return torch.empty_like(token)

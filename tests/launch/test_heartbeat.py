@@ -1,0 +1,136 @@
+"""launch/heartbeat.py: real processes over gloo; one of them is killed, stopped, raises or leaves, the others must say so and end."""
+
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import distflash
+from distflash.launch import world
+from distflash.launch.heartbeat import EXIT_PEER_LOST
+from distflash.parallel.wire.journal import DistFlashPeerLost
+from tests.launch.faults import LIMIT, RANKS, SLACK, fault, launch, ring, strike_with
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_stopped_in_a_ring_is_named_by_every_other_one_within_the_limit(tmp_path, how, victim):
+    ended = launch(tmp_path, lambda rank: ring(rank, victim, strike_with(tmp_path, how)))
+    for rank in set(range(RANKS)) - {victim}:
+        code, words, named, _ = ended[rank]
+        assert f"DistFlashPeerLost: rank {victim} (host " in words, words
+        assert f"; rank {rank} was in ring hop " in words and "forward, attention, seq 5, group default_pg" in words, words
+        if "Traceback" in words:  # the error itself comes first, as the cause
+            assert words.index("onnection ") < words.rindex("DistFlashPeerLost"), words
+        assert code == EXIT_PEER_LOST
+        assert named < LIMIT + SLACK
+    assert ended[victim].code == (-9 if how == signal.SIGKILL else EXIT_PEER_LOST)  # nobody is left behind
+
+
+def test_a_rank_that_raises_is_named_with_its_error_and_shows_its_own_traceback_only(tmp_path):
+    def strike():
+        fault(tmp_path)
+        raise KeyError("the bug of rank 1")
+
+    ended = launch(tmp_path, lambda rank: ring(rank, 1, strike))
+    assert ended[1].code == 1 and "DistFlashPeerLost" not in ended[1].said
+    assert ended[1].said.rstrip().endswith("KeyError: 'the bug of rank 1'")
+    for rank in (0, 2):
+        assert "DistFlashPeerLost: rank 1 (host " in ended[rank].said and "failed with KeyError: 'the bug of rank 1'" in ended[rank].said
+        assert ended[rank].code == EXIT_PEER_LOST and ended[rank].named < LIMIT + SLACK
+
+
+def test_a_rank_that_waits_for_agreement_hears_of_a_rank_that_died_on_the_way_to_it(tmp_path):
+    def body(rank):
+        seq = distflash.SequenceParallel().sequence(48)
+        if rank == 2:
+            strike_with(tmp_path, signal.SIGKILL)()
+        q = torch.randn(1, seq.local_length, 2, 8)
+        distflash.attention(q, q, q, seq)
+
+    ended = launch(tmp_path, body)
+    for code, words, named, _ in ended[:2]:
+        assert "DistFlashPeerLost: rank 2 (host " in words and "was in agreeing, attention, seq 1" in words, words
+        assert code == EXIT_PEER_LOST and named < LIMIT + SLACK
+
+
+def test_a_rank_that_takes_another_kind_of_call_for_agreed_is_named_where_the_kind_is_new(tmp_path):
+    def body(rank):
+        seq = distflash.SequenceParallel().sequence(48)
+        q = torch.randn(1, seq.local_length, 2, 8)
+        distflash.attention(q, q, q, seq)
+        if rank == 1:
+            fault(tmp_path)
+        distflash.attention(q, q, q, seq, softmax_scale=0.5 if rank == 1 else None)
+
+    ended = launch(tmp_path, body)
+    assert (
+        ended[1].code == 1 and "Disagreement: ranks disagree on a call: rank 1 is at attention, seq 2, of a kind new to it" in ended[1].said
+    )
+    for rank in (0, 2):
+        assert "DistFlashPeerLost: rank 1 (host " in ended[rank].said and "failed with Disagreement" in ended[rank].said
+        assert ended[rank].code == EXIT_PEER_LOST
+
+
+def test_ranks_that_end_as_they_should_are_not_missed_even_long_after(tmp_path):
+    def body(rank):
+        ring(rank, None, None, calls=3)
+        if rank != 2:
+            distflash.launch.shutdown()
+        time.sleep(2.5 * LIMIT if rank == 2 else 0)
+
+    assert [(code, said) for code, said, *_ in launch(tmp_path, body)] == [(0, "")] * RANKS
+
+
+def test_a_rank_that_leaves_while_others_wait_for_it_is_named(tmp_path):
+    def strike():
+        fault(tmp_path)
+        sys.exit(7)
+
+    ended = launch(tmp_path, lambda rank: ring(rank, 1, strike))
+    assert ended[1].code == 7 and ended[1].said == ""
+    for rank in (0, 2):
+        assert "rank 1 (host " in ended[rank].said and "has ended its program" in ended[rank].said, ended[rank].said
+        assert ended[rank].code == EXIT_PEER_LOST
+
+
+def test_a_stopped_rank_is_woken_to_hear_that_it_was_given_up_and_ends(tmp_path):
+    ended = launch(tmp_path, lambda rank: ring(rank, 1, strike_with(tmp_path, signal.SIGSTOP)))
+    assert [end.code for end in ended] == [EXIT_PEER_LOST] * RANKS
+    assert "DistFlashPeerLost: " in ended[1].said and "has itself been stopped for " in ended[1].said
+
+
+def test_a_lost_peer_can_be_caught_and_still_ends_the_process_with_its_exit_code(tmp_path):
+    def body(rank):
+        try:
+            ring(rank, 2, strike_with(tmp_path, signal.SIGKILL))
+        except DistFlashPeerLost as error:
+            assert error.__cause__ is not None
+            print("caught", error, file=sys.stderr, flush=True)
+
+    ended = launch(tmp_path, body)
+    assert {ended[0].code, ended[1].code} == {EXIT_PEER_LOST}
+    assert any("caught rank 2 (host " in end.said for end in ended[:2])
+
+
+def test_without_heartbeats_errors_are_as_they_were(tmp_path):
+    ended = launch(tmp_path, lambda rank: ring(rank, 1, strike_with(tmp_path, signal.SIGKILL)), limit=0.0)
+    for rank in (0, 2):
+        assert "onnection" in ended[rank].said and "DistFlashPeerLost" not in ended[rank].said and ended[rank].code == 1
+
+
+@pytest.mark.parametrize("given", [-1.0, 0.1, float("nan"), float("inf")])
+def test_a_limit_that_cannot_be_kept_is_refused(given):
+    with pytest.raises(ValueError, match="heartbeat must be 0"):
+        world._limit(given)
+
+
+def test_the_limit_is_the_argument_else_the_variable_else_ten_seconds(monkeypatch):
+    assert world._limit(None) == 10.0
+    monkeypatch.setenv("DISTFLASH_HEARTBEAT", "3")
+    assert world._limit(None) == 3.0 and world._limit(0) == 0.0
+    monkeypatch.setenv("DISTFLASH_HEARTBEAT", "soon")
+    with pytest.raises(ValueError, match="'soon'"):
+        world._limit(None)
