@@ -18,8 +18,11 @@ KERNELS = {
     "fa3": "distflash.kernels.adapters:Fa3Kernel",
     "fa4": "distflash.kernels.adapters:Fa4Kernel",
 }
-_ADAPTED = "another project's kernel, a launch a tile: ask for it by name"
-BY_NAME_ONLY = {"reference": "dense, S x S in memory: ask for it by name", **dict.fromkeys(("cudnn", "fa2", "fa3", "fa4"), _ADAPTED)}
+ADAPTED = ("cudnn", "fa2", "fa3", "fa4")
+BY_NAME_ONLY = {
+    "reference": "dense, S x S in memory: ask for it by name",
+    **dict.fromkeys(ADAPTED, "another project's kernel, a launch a tile: ask for it by name"),
+}
 
 
 @cache

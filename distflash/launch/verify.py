@@ -133,11 +133,12 @@ def serving(case: Case, device: torch.device, kernel: str | None) -> tuple[list[
     import torch
 
     from distflash.kernels.base import Problem
-    from distflash.kernels.select import BY_NAME_ONLY, candidates
+    from distflash.kernels.select import ADAPTED, BY_NAME_ONLY, candidates
 
     problem = Problem(device, getattr(torch, case.dtype), HEADS, case.kv_heads, case.head_dim, case.head_dim)
     reasons = {name: None if reason == BY_NAME_ONLY.get(name) else reason for name, reason in candidates(problem)}
-    asked = list(reasons) if kernel is None else [kernel]
+    ours = [name for name in reasons if name not in ADAPTED]  # other projects' kernels cost minutes, and are asked for by name
+    asked = ours if kernel is None else [kernel]
     return [name for name in asked if reasons[name] is None], reasons[kernel] if kernel is not None else None
 
 
