@@ -96,11 +96,11 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, late_cast=False, **_THREE) if not LATER else ForwardConfig(2, 128, 3, late_cast=False),
-    (96, 96): ForwardConfig(2, 128, 3, late_cast=False),
-    (128, 128): ForwardConfig(2, 128, 2, late_cast=False, **_AHEAD, staged=True),
+    (96, 96): ForwardConfig(2, 128, 3, late_cast=False, q_stages=2, staged=True),
+    (128, 128): ForwardConfig(2, 128, 2, late_cast=False, q_stages=2, staged=True),
     (192, 128): ForwardConfig(2, 128, 2, late_cast=False),
     (192, 192): ForwardConfig(2, 64, 3, late_cast=False),
-    (256, 256): ForwardConfig(2, 64, 2, late_cast=False),
+    (256, 256): ForwardConfig(2, 64, 2, late_cast=False, ahead=True),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
@@ -113,26 +113,41 @@ FORWARD_VARIANTS = {
         "wg3poly1": ForwardConfig(3, 128, 2, late_cast=False, poly=1, **_THREE),
         "wg3poly2": ForwardConfig(3, 128, 2, late_cast=False, poly=2, **_THREE),
         "late": ForwardConfig(2, 128, 3, late_cast=True),
+        "ahead": ForwardConfig(3, 128, 2, late_cast=False, **_AHEAD, **_THREE),
+        "two_q": ForwardConfig(3, 128, 2, late_cast=False, q_stages=2, **_THREE),
+        "ahead_nb3": ForwardConfig(3, 128, 3, late_cast=False, **_AHEAD, **_THREE),
+        "ahead_staged": ForwardConfig(3, 128, 2, late_cast=False, **_AHEAD, **_THREE, staged=True),
+        "wg2ahead_staged": ForwardConfig(2, 128, 3, late_cast=False, **_AHEAD, staged=True),
     },
     (96, 96): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+        "one_q": ForwardConfig(2, 128, 3, late_cast=False),
+        "ahead": ForwardConfig(2, 128, 3, late_cast=False, **_AHEAD),
+        "ahead_staged": ForwardConfig(2, 128, 3, late_cast=False, **_AHEAD, staged=True),
     },
     (128, 128): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
         "late": ForwardConfig(2, 128, 2, late_cast=True),
         "nb3": ForwardConfig(2, 128, 3, late_cast=False),
         "poly1": ForwardConfig(2, 128, 2, late_cast=False, poly=1),
+        "one_q": ForwardConfig(2, 128, 2, late_cast=False),
+        "two_q": ForwardConfig(2, 128, 2, late_cast=False, q_stages=2),
+        "ahead": ForwardConfig(2, 128, 2, late_cast=False, **_AHEAD),
+        "ahead_staged": ForwardConfig(2, 128, 2, late_cast=False, **_AHEAD, staged=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+        "ahead": ForwardConfig(2, 128, 2, late_cast=False, ahead=True),
     },
     (192, 192): {
         "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
         "late": ForwardConfig(2, 64, 3, late_cast=True),
+        "ahead": ForwardConfig(2, 64, 3, late_cast=False, ahead=True),
     },
     (256, 256): {
         "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
         "late": ForwardConfig(2, 64, 2, late_cast=True),
+        "one_q": ForwardConfig(2, 64, 2, late_cast=False),
     },
 }
 
