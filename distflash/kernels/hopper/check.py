@@ -29,7 +29,7 @@ from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, Keys
 from distflash.kernels.hopper.dkv import dkv_kernel
 from distflash.kernels.hopper.dq import dq_kernel
 from distflash.kernels.hopper.forward import forward_kernel
-from distflash.kernels.hopper.tma import parts, stageable
+from distflash.kernels.hopper.tma import parts
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SHARED = 232448  # bytes a block may have on sm_90
@@ -75,14 +75,10 @@ def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str
     tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
     signature = {f"desc_{name}": _descriptor([1, 1, rows, width], dtype) for name, (rows, (width, _)) in tensors.items()}
     signature |= {f"desc_{name}2": _descriptor([1, 1, rows, width], dtype) for name, (rows, (_, width)) in tensors.items() if width}
-    staged = c.staged and not acc and out == dtype and stageable(sides, columns or sides)
-    signature |= {f"desc_o{n}": _descriptor([1, 1, 64, w], dtype) for n, w in zip(("", 2), widths[1], strict=True) if staged and w}
     signature |= {"O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
-    signature |= dict.fromkeys(("segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
+    signature |= dict.fromkeys(("blocks", "segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
-    constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
-    constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast}
-    constants |= {"POLY": c.poly, "AHEAD": c.ahead}
+    constants |= {"NC": c.consumers, "NB": c.stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast, "POLY": c.poly}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 
