@@ -137,7 +137,7 @@ BACKWARD = {
         dq=RowsConfig(128, 2, 2),
     ),
     (128, 128): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=True), dkv=KeysConfig(64, 2, overlap=True, late=True), dq=RowsConfig(128, 2, 2)
+        KeysConfig(64, 2, overlap=False, late=True), dkv=KeysConfig(64, 2, overlap=False, late=False), dq=RowsConfig(128, 2, 2)
     ),
     (256, 128): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 2)),
     (256, 256): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 1)),
@@ -157,7 +157,7 @@ BACKWARD_VARIANTS = {
         "early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False)),
         "overlap": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True)),
         "two": replace(_128, one_pass=None),
-        "two_simple": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=False, late=False)),
+        "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
     },
     (256, 256): {
