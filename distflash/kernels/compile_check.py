@@ -11,8 +11,6 @@ size of 64 or 128. To check another Triton release, unpack it and put it first o
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,10 +18,10 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pool
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from distflash.kernels.assembled import assembled
 from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
 from distflash.kernels.triton.configs import Config, config
 from distflash.kernels.triton.forward import forward_kernel
@@ -126,11 +124,8 @@ def build(case: Case) -> Compiled:
                 attrs[path] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attrs)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
-    knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
-    knobs.nvidia.dump_ptxas_log = True  # its figures and warnings, printed to stdout
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(source, target=TARGETS[case.target].gpu, options=options)
-    return _amd(compiled) if case.target.startswith("gfx") else _nvidia(compiled, log.getvalue())
+    compiled, said = assembled(source, TARGETS[case.target].gpu, options)
+    return _amd(compiled) if case.target.startswith("gfx") else _nvidia(compiled, said)
 
 
 def _type_of(name: str, case: Case) -> str | Asked:

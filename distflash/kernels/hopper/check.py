@@ -19,10 +19,10 @@ from multiprocessing import get_context
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from distflash.kernels.assembled import assembled
 from distflash.kernels.hopper import configs
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, KeysConfig, RolesConfig, RowsConfig
@@ -147,14 +147,11 @@ def inspect(kernel, signature: dict, constants: dict, max_regs: int, keep: str |
         constexprs={(names.index(n),): v for n, v in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": max_regs})
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
-        with open(ptx, "w") as f:
-            f.write(built.asm["ptx"])
-        assemble = [get_ptxas(90).path, "-v", *_allocation(), "--gpu-name=sm_90a", ptx, "-o", cubin]
-        log = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([f"{_TOOLS}/cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    built, log = assembled(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "maxnreg": max_regs})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run([f"{_TOOLS}/cuobjdump", "-sass", cubin.name], capture_output=True, text=True, check=True).stdout
     if keep:
         for ending, text in (("ptx", built.asm["ptx"]), ("sass", sass)):
             with open(f"{keep}.{ending}", "w") as f:
@@ -169,11 +166,6 @@ def inspect(kernel, signature: dict, constants: dict, max_regs: int, keep: str |
         "wgmma": sum("HGMMA" in line for line in lines),
         "serialised": sorted(set(re.findall(r"C75[12]\d", log))),
     }
-
-
-def _allocation() -> list[str]:
-    """What Triton passes on to ptxas 13 and later."""
-    return ["--regAllocOptLevel=2"] if int(get_ptxas(90).version.split(".")[0]) >= 13 else []
 
 
 def _hot_spills(lines: list[str]) -> int:
