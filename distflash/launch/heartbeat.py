@@ -93,7 +93,7 @@ class Heartbeat:
         """Tell the others of an uncaught exception, unless it follows from the loss of a peer: then its report is completed."""
         if isinstance(error, DistFlashPeerLost):
             return
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "NCCL")):
+        if lost_connection(error):
             lost = self.verdict()
             if lost is not None:
                 _tell(lost)
@@ -230,6 +230,11 @@ class Heartbeat:
     def _name(self, rank: int) -> str:
         note = self.peers[rank].note
         return f"rank {rank} (host {note['host']}, pid {note['pid']})" if note else f"rank {rank}"
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error may only say that some other rank has ended: gloo's and NCCL's have no type of their own."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection", "gloo", "NCCL"))
 
 
 def _tell(lost: str) -> None:

@@ -97,18 +97,23 @@ def threads(ranks: int) -> int:
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The rank whose failure caused the others'.
 
-    A crash or an exit without a traceback is nobody's consequence; of tracebacks the earliest counts; EXIT_PEER_LOST is what
+    A crash or an exit without a traceback is nobody's consequence; of tracebacks the earliest counts, and those of lost connections
+    only if nothing else does: a rank that was stopped leaves one when it wakes after the others have ended. EXIT_PEER_LOST is what
     survivors end with, SIGABRT and SIGTERM what they get from NCCL's watchdog and from the agent.
     """
 
     def order(rank: int) -> tuple[int, int, int]:
-        failure = failures[rank]
-        when = _extra(failure).get("time_ns")
-        if failure.exitcode in CRASHES:
+        code, extra = failures[rank].exitcode, _extra(failures[rank])
+        when = int(extra.get("time_ns", 0))
+        if code in CRASHES:
             return 0, 0, rank
-        if when is not None:
-            return 2, int(when), rank
-        return (1 if failure.exitcode > 0 and failure.exitcode != EXIT_PEER_LOST else 3), 0, rank
+        if code > 0 and code != EXIT_PEER_LOST and not when:
+            return 1, 0, rank
+        if when and not extra.get("lost_connection"):
+            return 2, when, rank
+        if code == EXIT_PEER_LOST:
+            return 3, 0, rank
+        return (4, when, rank) if when else (5, 0, rank)
 
     rank = min(failures, key=order)
     return rank, failures[rank]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from distflash.launch import rendezvous
 from distflash.launch.environment import Place, detect
-from distflash.launch.heartbeat import LIMIT, Heartbeat
+from distflash.launch.heartbeat import LIMIT, Heartbeat, lost_connection
 
 if TYPE_CHECKING:
     import torch
@@ -267,7 +267,7 @@ def _hook_failures() -> None:
         _session.failed = True
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
-            _write_failure(path, time.time_ns(), "".join(traceback.format_exception(kind, error, trace)))
+            _write_failure(path, time.time_ns(), "".join(traceback.format_exception(kind, error, trace)), lost_connection(error))
         previous(kind, error, trace)
         if _session.heartbeat is not None:
             _session.heartbeat.failed(error)
@@ -275,9 +275,9 @@ def _hook_failures() -> None:
     sys.excepthook = hook
 
 
-def _write_failure(path: str, now: int, text: str) -> None:
-    """torchelastic's error file, with the time in nanoseconds besides: whole seconds cannot tell cause from consequence."""
-    extra = {"py_callstack": text, "timestamp": str(now // 10**9), "time_ns": now}
+def _write_failure(path: str, now: int, text: str, lost_connection: bool) -> None:
+    """torchelastic's error file, with what tells cause from consequence besides: the time in nanoseconds, a lost connection."""
+    extra = {"py_callstack": text, "timestamp": str(now // 10**9), "time_ns": now, "lost_connection": lost_connection}
     try:
         with open(path, "x", encoding="utf-8") as file:
             json.dump({"message": {"message": text.strip().rpartition("\n")[2], "extraInfo": extra}}, file)

@@ -72,8 +72,8 @@ def test_torchrun_recovers_after_a_restart(tmp_path):
     assert len(ranks_of(done)) == 4
 
 
-def failure(exitcode, time_ns=None):
-    extra = {"extraInfo": {"time_ns": time_ns, "py_callstack": "Traceback\nRuntimeError: why"}}
+def failure(exitcode, time_ns=None, lost_connection=False):
+    extra = {"extraInfo": {"time_ns": time_ns, "lost_connection": lost_connection, "py_callstack": "Traceback\nRuntimeError: why"}}
     return SimpleNamespace(
         exitcode=exitcode, pid=1, error_file_data={"message": extra if time_ns else "<NONE>"}, signal_name=lambda: "SIGKILL"
     )
@@ -88,6 +88,9 @@ def failure(exitcode, time_ns=None):
         ({0: failure(75), 1: failure(1, 10)}, 1),  # lost its peer
         ({0: failure(-6), 1: failure(1, 10)}, 1),  # aborted by NCCL's watchdog
         ({0: failure(-15), 1: failure(-11)}, 1),  # ended by the agent
+        ({0: failure(-15, 10, lost_connection=True), 1: failure(75)}, 1),  # stopped, and woken when the other had given it up
+        ({0: failure(75, 10, lost_connection=True), 1: failure(1, 20)}, 1),  # the connection broke before the error was noted
+        ({0: failure(1, 20, lost_connection=True), 1: failure(1, 10, lost_connection=True), 2: failure(-15)}, 1),
         ({0: failure(1), 1: failure(1)}, 0),
     ],
 )

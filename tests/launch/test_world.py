@@ -101,10 +101,15 @@ def test_a_failure_is_noted_with_its_time_for_the_launcher(tmp_path):
     import json
 
     path = tmp_path / "error.json"
-    world._write_failure(str(path), 5_000_000_123, "Traceback\nRuntimeError: why\n")
+    world._write_failure(str(path), 5_000_000_123, "Traceback\nRuntimeError: why\n", lost_connection=False)
     message = json.loads(path.read_text())["message"]
     assert message["message"] == "RuntimeError: why"
-    assert message["extraInfo"] == {"py_callstack": "Traceback\nRuntimeError: why\n", "timestamp": "5", "time_ns": 5_000_000_123}
+    assert message["extraInfo"] == {
+        "py_callstack": "Traceback\nRuntimeError: why\n",
+        "timestamp": "5",
+        "time_ns": 5_000_000_123,
+        "lost_connection": False,
+    }
 
 
 def test_importing_changes_nothing_and_a_plain_script_exits_in_silence(tmp_path):
