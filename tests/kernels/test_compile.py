@@ -1,4 +1,4 @@
-"""The shipped configurations compile for every target without a GPU, and the ones that the speed rests on do not spill."""
+"""The check itself, on a few kernels; `make compile-check` has all that is shipped, with the oldest Triton and the newest."""
 
 import os
 import subprocess
@@ -17,16 +17,8 @@ def compile_check(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--target", "sm_90", "--head-dim", "64", "128", "--dtype", "bf16"),
-        ("--target", "sm_80", "sm_100", "gfx942", "--head-dim", "128", "--dtype", "bf16"),
-    ],
-    ids=["hopper", "others"],
-)
-def test_shipped_configurations_compile(arguments):
-    done = compile_check(*arguments)
+def test_the_configurations_that_the_speed_rests_on_compile_with_the_installed_triton():
+    done = compile_check("--target", "sm_90", "--head-dim", "64", "128", "--dtype", "bf16")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "all pass" in done.stdout
 

@@ -316,3 +316,13 @@ def test_inputs_are_not_written_to():
     before = [t.clone() for t in x]
     found_by(x, causal=True, cu_seqlens_q=torch.tensor([0, 4, 19]))
     assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": (4, 0)}], ids=["full", "causal", "window"])
+def test_rows_with_gaps_between_their_elements_are_read_as_they_are(options, dtype):
+    x = inputs(21, dtype=dtype)
+    gaps = Inputs(*(t.transpose(1, 3).contiguous().transpose(1, 3) for t in x[:4]), x.dlse)
+    assert gaps.q.stride(-1) != 1
+    for name, a, b in zip(Attention._fields, found_by(gaps, **options), found_by(x, **options), strict=True):
+        assert torch.equal(a, b), name

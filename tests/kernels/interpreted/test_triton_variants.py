@@ -68,9 +68,9 @@ def test_forward_and_gradients_equal_the_oracle(case, options):
 @pytest.mark.parametrize("boxes", [0, 1, 2])
 def test_other_tile_sizes_and_ways_to_load_give_the_same_answer(boxes):
     kernel = TritonKernel({name: Config(32, 32, 4, 1, boxes, overlap=True) for name in PASSES})
-    case = Case("small tiles", banded(40, 75, -20, 30), B=2, H=4, Hk=2, D=24)
+    case, options = Case("small tiles", banded(40, 75, -20, 30), H=2, D=24), {**ALL, "slopes": SLOPES[:1, :2]}
     tensors = case.tensors()
-    assert_close(case, computed(case, asked(case, **ALL), *tensors, kernel=kernel), oracle(case, *tensors, **ALL))
+    assert_close(case, computed(case, asked(case, **options), *tensors, kernel=kernel), oracle(case, *tensors, **options))
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])
