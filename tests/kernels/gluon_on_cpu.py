@@ -1,8 +1,9 @@
 """Enough of Gluon to run the Hopper kernels' own source on a CPU: slow, and stricter than the GPU about what it must not do.
 
 A partition is a thread, an mbarrier counts arrivals and bytes, TMA copies late and in any order (what it will write is NaN until then), a
-wgmma reads its operands when it is issued and again when it is waited for: if they differ, somebody wrote too early. A wait that
-nobody ends, bytes that were not expected and a read outside a tensor fail. Layouts, registers and speed are not modelled.
+wgmma or a TMA store reads its operands when it is issued and again when it is waited for: if they differ, somebody wrote too early (NaN,
+of a copy that has not come, goes where it is used). A wait that nobody ends, bytes that were not expected and a read
+outside a tensor fail. Layouts, registers and speed are not modelled.
 """
 
 from __future__ import annotations
@@ -141,12 +142,16 @@ def _expect(bar: Barrier, size) -> None:
         bar.step(1, int(size))
 
 
-def _arrive(bar: Barrier, count: int = 1) -> None:
+def _arrive(bar: Barrier, count: int = 1, pred=True) -> None:
+    if not pred:
+        return
     with bar.machine.changed:
         bar.step(count)
 
 
-def _wait(bar: Barrier, parity) -> None:
+def _wait(bar: Barrier, parity, pred=True) -> None:
+    if not pred:
+        return
     time.sleep(bar.machine.random.random() * 1e-4)
     with bar.machine.changed:
         bar.machine.until(lambda: bar.phase % 2 != int(parity), f"a wait for parity {int(parity)}")
@@ -193,6 +198,26 @@ def _tma_reduce_add(desc: Descriptor, coordinates, source: Shared) -> None:
         desc.view[ours] += source.data.view(desc.block_shape)[theirs]
 
 
+def _tma_store(desc: Descriptor, coordinates, source: Shared) -> None:
+    ours, theirs = desc.overlap(coordinates)
+    early = source.data.clone()
+
+    def leave() -> None:
+        assert _same(early, source.data), "a buffer changed under a TMA store"
+        desc.view[ours] = source.data.view(desc.block_shape)[theirs]
+
+    _LOCAL.stores.append(leave)
+
+
+def _store_wait(pendings) -> None:
+    while len(_LOCAL.stores) > pendings:
+        _LOCAL.stores.pop(0)()
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 class Product:
     """A wgmma that may still be under way."""
 
@@ -209,7 +234,7 @@ class Product:
 
     def finish(self) -> Value:
         late = self.multiply()
-        assert torch.equal(late, self.early) and not late.isnan().any(), "an operand changed under a wgmma, or never arrived"
+        assert _same(late, self.early), "an operand changed under a wgmma"
         return value(late)
 
 
@@ -249,10 +274,10 @@ def _specialize(partitions, warps, registers) -> None:
     assert len(partitions) == len(warps) + 1 and len(registers) == len(warps)
 
     def run(body, args) -> None:
-        _LOCAL.machine, _LOCAL.program, _LOCAL.mmas = machine, program, []
+        _LOCAL.machine, _LOCAL.program, _LOCAL.mmas, _LOCAL.stores = machine, program, [], []
         try:
             body(*args)
-            assert not _LOCAL.mmas, "a wgmma that nobody waited for"
+            assert not _LOCAL.mmas and not _LOCAL.stores, "a wgmma or a TMA store that nobody waited for"
         except BaseException as error:  # handed to the caller below
             with machine.changed:
                 machine.error = machine.error or error
@@ -292,6 +317,12 @@ def _store(pointer: Pointer, x, mask=None) -> None:
     pointer.tensor.view(-1)[at[mask].long()] = x[mask]
 
 
+def _where(c, a, b):
+    if isinstance(a, Pointer):
+        return a if c else b
+    return value(torch.where(value(c), value(a), value(b)))
+
+
 def _jit(*body, **options):
     return body[0] if body else lambda f: f
 
@@ -310,7 +341,7 @@ def _modules() -> dict[str, ModuleType]:
         NVMMADistributedLayout=layout, NVMMASharedLayout=layout, SliceLayout=layout, DotOperandLayout=layout, BlockedLayout=layout,
         program_id=lambda axis: value(_LOCAL.program), arange=lambda a, b, layout=None: value(torch.arange(a, b)),
         zeros=lambda shape, dtype, layout=None: value(torch.zeros(shape, dtype=dtype)), load=_load, store=_store,
-        where=lambda c, a, b: value(torch.where(value(c), value(a), value(b))), convert_layout=lambda x, layout: x,
+        where=_where, convert_layout=lambda x, layout: x,
         maximum=lambda a, b: value(torch.maximum(value(a), value(b))), minimum=lambda a, b: value(torch.minimum(value(a), value(b))),
         exp2=torch.exp2, log2=torch.log2, fma=lambda a, b, c: a * b + c, max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         static_assert=_assert, static_range=range, inline_asm_elementwise=lambda asm, c, args, **k: value(args[0]),
@@ -319,12 +350,12 @@ def _modules() -> dict[str, ModuleType]:
     gluon, hopper, compat = ModuleType("gluon"), ModuleType("hopper"), ModuleType("compat")
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, _jit, gl  # type: ignore[attr-defined]
     vars(hopper).update(
-        fence_async_shared=lambda: None, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait, tma=SimpleNamespace(store_wait=lambda n: None),
+        fence_async_shared=lambda: None, warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait, tma=SimpleNamespace(store_wait=_store_wait),
         mbarrier=SimpleNamespace(MBarrierLayout=layout, init=_init, expect=_expect, arrive=_arrive, wait=_wait),
     )  # fmt: skip
     vars(compat).update(
         NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, group_sync=_group_sync, tma_load=_tma_load,
-        tma_reduce_add=_tma_reduce_add,
+        tma_reduce_add=_tma_reduce_add, tma_store=_tma_store,
     )  # fmt: skip
     stats = ModuleType("stats")
     stats.stats_kernel, stats.delta_kernel = _stats, None  # type: ignore[attr-defined]

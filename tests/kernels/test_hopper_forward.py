@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 
 from distflash.kernels.base import Partial
 from distflash.kernels.reference import ReferenceKernel
+from distflash.parallel.mask import Mask, packed
+from distflash.tile import Band, Tile, Tiles
 from tests.kernels import gluon_on_cpu
 from tests.kernels.test_hopper_emulated import BUDGET, TABLES, inputs
 
@@ -62,8 +64,10 @@ def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, 
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "variant"), [(64, "wg2"), (64, "wg3nb3"), (64, "late"), (64, "simple"), (96, "simple"), (256, "late")]
-)
+    ("head_dim", "variant"),
+    [(64, "wg2"), (64, "wg3nb3"), (64, "simple"), (64, "plain"), (64, "two_q"), (64, "ahead_staged"), (96, "simple"),
+     (96, "ahead_staged"), (128, "ahead"), (128, "two_q"), (128, "one_q"), (192, "ahead"), (256, "one_q")],
+)  # fmt: skip
 def test_variants_with_many_items_a_program(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5
     q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16, batch=2)
@@ -76,3 +80,22 @@ def test_variants_with_many_items_a_program(head_dim, variant):
 def test_scales_that_are_not_positive(scale):
     q, k, v, _ = inputs(TABLES["causal"], 80, 80, torch.bfloat16)
     judge(forward(q, k, v, TABLES["causal"], scale), q, k, v, TABLES["causal"], scale, torch.bfloat16)
+
+
+def test_rows_that_share_a_box_of_out_with_another_document_are_left_alone():
+    """Documents end inside a box of 64 rows, and so does the sequence: out goes by TMA where a box is one document's, else row by row."""
+    tiles = packed((0, 64, 150, 310, 500), (0, 64, 150, 310, 500), Mask(right=0))
+    for head_dim in (96, 128):
+        q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.float16)
+        for programs in (1, 3, 40):
+            found = forward(q, k, v, tiles, 0.1, dtype=torch.float16, programs=programs, seed=programs)
+            judge(found, q, k, v, tiles, 0.1, torch.float16)
+
+
+def test_a_mask_cuts_the_first_tile_only_where_there_is_one_to_cut():
+    tiles = Tiles(
+        (Tile(slice(0, 192), slice(0, 384), Band(-1000, 1000)), Tile(slice(192, 320), slice(130, 258), Band(-1000, 1000))), 320, 384
+    )
+    for head_dim in (64, 128, 256):
+        q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16)
+        judge(forward(q, k, v, tiles, 0.1, dtype=torch.bfloat16), q, k, v, tiles, 0.1, torch.bfloat16)

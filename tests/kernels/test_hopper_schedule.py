@@ -97,7 +97,12 @@ def test_every_program_gets_the_same_work(blocks, heads, at_once, programs):
     work = schedule(Tiles((Tile(slice(0, n), slice(0, n), Band(-FAR, 0)),), n, n), 128, 128, torch.device("cpu"))
     order = work.order(heads, at_once, programs)
     assert order.dtype == torch.int32 and order.shape[0] == programs and order is work.order(heads, at_once, programs)
-    items = [[tuple(x) for x in row if x[0] >= 0] for row in order.tolist()]
+    items = [[tuple(x[:2]) for x in row if x[0] >= 0] for row in order.tolist()]
+    for p, row in enumerate(items):  # what a kernel reads of an item is its block's, and its first segment's
+        assert row
+        for r, (block, _) in enumerate(row):
+            fields = work.blocks[block].tolist()
+            assert order[p, r, 2:].tolist() == [*fields, len(row), 0, *work.segments[fields[2]].tolist()]
     assert sorted(x for row in items for x in row) == [(b, h) for b in range(blocks) for h in range(heads)]
     assert all((order[p, len(row) :, 0] == -1).all() for p, row in enumerate(items))  # nothing after the first hole
     loads = [sum(work.work[b] for b, _ in row) for row in items]
@@ -110,10 +115,10 @@ def test_heads_are_worked_on_in_groups():
     work = schedule(Tiles((Tile(slice(0, n), slice(0, n), Band(-FAR, 0)),), n, n), 128, 128, torch.device("cpu"))
     order = work.order(8, 2, 4)
     for row in order.tolist():
-        groups = [h // 2 for b, h in row if b >= 0]
+        groups = [h // 2 for b, h, *_ in row if b >= 0]
         assert groups == sorted(groups)
     alone = work.order(8, 2, 64)  # a program an item: longest blocks of the first two heads first
-    assert alone.shape == (64, 1, 2) and alone[:3, 0].tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert alone.shape == (64, 1, 16) and alone[:3, 0, :2].tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_rows_in_no_tile_are_idle():

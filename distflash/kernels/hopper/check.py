@@ -29,7 +29,7 @@ from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, Keys
 from distflash.kernels.hopper.dkv import dkv_kernel
 from distflash.kernels.hopper.dq import dq_kernel
 from distflash.kernels.hopper.forward import forward_kernel
-from distflash.kernels.hopper.tma import parts
+from distflash.kernels.hopper.tma import parts, stageable
 
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _SHARED = 232448  # bytes a block may have on sm_90
@@ -39,6 +39,8 @@ _KINDS = ("", " running fp32", " fp16", " padded")
 KNOWN_GAPS = {
     "3.7": {  # none in the hot loops
         **{"backward D128" + kind: 48 for kind in _KINDS},
+        **{"forward D64" + kind: 32 for kind in _KINDS},
+        "forward D64 padded running fp32": 72,
         "dq D256/128 running fp32": 64,
         "dq D256 running fp32": 48,
     },
@@ -48,17 +50,10 @@ KNOWN_GAPS = {
         **{"dkv D256" + kind: 84 for kind in _KINDS},
         **{"dq D256/128" + kind: 48 for kind in _KINDS},
         **{"dq D256" + kind: 32 for kind in _KINDS[:3]},
-        "forward D192/128": 64,  # forwards: thread and program numbers, once an item, none in the hot loops
-        "forward D192/128 running fp32": 72,
-        "forward D192/128 fp16": 64,
-        "forward D192/128 padded running fp32": 64,
-        "forward D192 padded": 12,
-        "forward D192 padded running fp32": 136,
-        "forward D256": 164,
-        "forward D256 running fp32": 304,
-        "forward D256 fp16": 164,
-        "forward D256 padded": 12,
-        "forward D256 padded running fp32": 380,
+        **{"forward D192/128" + kind: 88 for kind in ("", " running fp32", " fp16", " padded running fp32")},  # forwards: once an item
+        **{"forward D256" + kind: 204 for kind in ("", " fp16")},
+        "forward D256 running fp32": 396,
+        "forward D256 padded running fp32": 476,
     },
 }
 Sides = tuple[int, int]  # of the tiles that hold the query and key, and the value head size
@@ -75,10 +70,13 @@ def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str
     tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
     signature = {f"desc_{name}": _descriptor([1, 1, rows, width], dtype) for name, (rows, (width, _)) in tensors.items()}
     signature |= {f"desc_{name}2": _descriptor([1, 1, rows, width], dtype) for name, (rows, (_, width)) in tensors.items() if width}
+    staged = c.staged and not acc and out == dtype and stageable(sides, columns or sides)
+    signature |= {f"desc_o{n}": _descriptor([1, 1, 64, w], dtype) for n, w in zip(("", 2), widths[1], strict=True) if staged and w}
     signature |= {"O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
-    signature |= dict.fromkeys(("blocks", "segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
+    signature |= dict.fromkeys(("segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
-    constants |= {"NC": c.consumers, "NB": c.stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "LATE": c.late_cast, "POLY": c.poly}
+    constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
+    constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "AHEAD": c.ahead}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 

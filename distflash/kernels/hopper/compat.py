@@ -10,7 +10,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout, _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["LATER", "NVMMASharedLayout", "TensorDescriptor", "group_sync", "tma_load", "tma_reduce_add"]
+__all__ = ["LATER", "NVMMASharedLayout", "TensorDescriptor", "group_sync", "tma_load", "tma_reduce_add", "tma_store"]
 
 _RELEASE = tuple(int(n) for n in triton.__version__.split(".")[:2])
 _KNOWN = ((3, 6), (3, 9))  # compiled and inspected with these (check.py); run on a GPU with 3.6 so far
@@ -20,6 +20,8 @@ if not _KNOWN[0] <= _RELEASE <= _KNOWN[1]:
 LATER = _RELEASE >= (3, 8)  # keeps more addresses in registers over the loops: what spills there has another configuration (configs.py)
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # (desc, coordinates, barrier, shared memory)
+
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # (desc, coordinates, shared memory)
 
 if hasattr(tma, "async_atomic_add"):
     tma_reduce_add = tma.async_atomic_add

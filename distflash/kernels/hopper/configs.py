@@ -17,11 +17,16 @@ class ForwardConfig:
     consumers: int
     block_n: int
     stages: int
-    late_cast: bool  # carry probabilities over the loop in fp32 (forward.step)
-    poly: int = 0  # of each 4 exponentials (2 of each 4 if 2), how many by polynomial
+    q_stages: int = 1  # buffers of Q: with 2, the next item's Q comes during this one
+    ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
+    staged: bool = False  # out leaves through a Q buffer by TMA where it can; needs two
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
+
+    def __post_init__(self):
+        if self.staged and self.q_stages != 2:
+            raise ValueError(f"out goes through a buffer of Q that the next item does not need: 2 buffers, not {self.q_stages}")
 
     @property
     def block_m(self) -> int:
@@ -84,47 +89,54 @@ def fit(pairs: Iterable[tuple[int, int]], head_dim: int, v_head_dim: int) -> tup
 
 
 _THREE = {"regs": (160, 32), "max_regs": 128}  # three consumers: four warpgroups share the register file
+_AHEAD = {"q_stages": 2, "ahead": True}
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
-    (64, 64): ForwardConfig(3, 128, 2, late_cast=False, **_THREE) if not LATER else ForwardConfig(2, 128, 3, late_cast=False),
-    (96, 96): ForwardConfig(2, 128, 3, late_cast=False),
-    (128, 128): ForwardConfig(2, 128, 2, late_cast=False),
-    (192, 128): ForwardConfig(2, 128, 2, late_cast=False),
-    (192, 192): ForwardConfig(2, 64, 3, late_cast=False),
-    (256, 256): ForwardConfig(2, 64, 2, late_cast=False),
+    (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE) if not LATER else ForwardConfig(2, 128, 3),
+    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True),
+    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True),
+    (192, 128): ForwardConfig(2, 128, 2),
+    (192, 192): ForwardConfig(2, 64, 3),
+    (256, 256): ForwardConfig(2, 64, 2, ahead=True),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
     (64, 64): {
-        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
-        "wg2": ForwardConfig(2, 128, 3, late_cast=False),
-        "wg3nb3": ForwardConfig(3, 128, 3, late_cast=False, **_THREE),
-        "poly1": ForwardConfig(2, 128, 3, late_cast=False, poly=1),
-        "poly2": ForwardConfig(2, 128, 3, late_cast=False, poly=2),
-        "wg3poly1": ForwardConfig(3, 128, 2, late_cast=False, poly=1, **_THREE),
-        "wg3poly2": ForwardConfig(3, 128, 2, late_cast=False, poly=2, **_THREE),
-        "late": ForwardConfig(2, 128, 3, late_cast=True),
+        "simple": ForwardConfig(2, 128, 2, persistent=False),
+        "wg2": ForwardConfig(2, 128, 3),
+        "wg3nb3": ForwardConfig(3, 128, 3, **_THREE),
+        "plain": ForwardConfig(3, 128, 2, **_THREE),
+        "two_q": ForwardConfig(3, 128, 2, q_stages=2, **_THREE),
+        "ahead_nb3": ForwardConfig(3, 128, 3, **_AHEAD, **_THREE),
+        "ahead_staged": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True),
+        "wg2ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
     },
     (96, 96): {
-        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+        "simple": ForwardConfig(2, 128, 2, persistent=False),
+        "one_q": ForwardConfig(2, 128, 3),
+        "ahead": ForwardConfig(2, 128, 3, **_AHEAD),
+        "ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
     },
     (128, 128): {
-        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
-        "late": ForwardConfig(2, 128, 2, late_cast=True),
-        "nb3": ForwardConfig(2, 128, 3, late_cast=False),
-        "poly1": ForwardConfig(2, 128, 2, late_cast=False, poly=1),
+        "simple": ForwardConfig(2, 128, 2, persistent=False),
+        "nb3": ForwardConfig(2, 128, 3),
+        "one_q": ForwardConfig(2, 128, 2),
+        "two_q": ForwardConfig(2, 128, 2, q_stages=2),
+        "ahead": ForwardConfig(2, 128, 2, **_AHEAD),
+        "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
     },
     (192, 128): {
-        "simple": ForwardConfig(2, 128, 2, late_cast=False, persistent=False),
+        "simple": ForwardConfig(2, 128, 2, persistent=False),
+        "ahead": ForwardConfig(2, 128, 2, ahead=True),
     },
     (192, 192): {
-        "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
-        "late": ForwardConfig(2, 64, 3, late_cast=True),
+        "simple": ForwardConfig(2, 64, 2, persistent=False),
+        "ahead": ForwardConfig(2, 64, 3, ahead=True),
     },
     (256, 256): {
-        "simple": ForwardConfig(2, 64, 2, late_cast=False, persistent=False),
-        "late": ForwardConfig(2, 64, 2, late_cast=True),
+        "simple": ForwardConfig(2, 64, 2, persistent=False),
+        "one_q": ForwardConfig(2, 64, 2),
     },
 }
 

@@ -18,7 +18,7 @@ from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, fit
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.schedule import schedule
 from distflash.kernels.hopper.stats import delta_kernel
-from distflash.kernels.hopper.tma import descriptors, heads_at_once, launch, legal, sms
+from distflash.kernels.hopper.tma import descriptors, heads_at_once, launch, legal, sms, stageable
 from distflash.tile import Tiles
 
 _LOG2E = 1.4426950408889634
@@ -75,14 +75,15 @@ class HopperKernel:
         q, k, v = (legal(t) for t in (q, k, v))
         programs = min(items, sms(q.device)) if config.persistent else items
         order = work.order(B * H, heads_at_once(B * H, 2 * tiles.kv_len * (D + Dv) * Hk // H), programs)
+        staged = config.staged and acc is None and out.dtype == q.dtype and stageable(sides, (D, Dv))
         launch(
             forward_kernel, (programs,),
             *descriptors(q, Tq, 64, sides[0]), *descriptors(k, work.reach, config.block_n, sides[0]),
-            *descriptors(v, work.reach, config.block_n, sides[1]),
-            out, lse, lse if acc is None else acc.out.contiguous(), lse, work.blocks, work.segments, order, scale * _LOG2E,
+            *descriptors(v, work.reach, config.block_n, sides[1]), *(descriptors(out, Tq, 64, sides[1]) if staged else (None, None)),
+            out, lse, lse if acc is None else acc.out.contiguous(), lse, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
-            config.consumers, config.stages, Dv, acc is not None, config.late_cast, config.poly, *config.regs,
-            num_warps=4, maxnreg=config.max_regs,
+            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead,
+            *config.regs, num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)
 

@@ -3,7 +3,8 @@
     blocks    [n, 4] int32: (start, stop, first segment, segments)    a run of at most `rows` rows, all of them busy
     segments  [m, 8] int32: (first, limit, lo, hi, left, inner, total, start)    `total` tiles of `width` columns from column `first`;
               (i, j) is kept iff lo <= j - i <= hi and start <= j < limit; tiles left .. left + inner - 1 need no mask
-    order     [programs, rounds, 2] int32: (block, head) of each program's items in turn, block -1 where it has none left
+    order     [programs, rounds, 16] int32: each program's items in turn, all that a kernel must know of one in one place: (block, head; its
+              block's start, stop, first segment, segments; items of the program, 0; its first segment), block -1 where it has none left
 
 Row blocks of queries against columns of keys, or transposed (blocks of keys against queries, bands on i - j, `first` a multiple of 4:
 TMA reads an innermost coordinate on 16 bytes only, and stops the kernel with an illegal instruction elsewhere). Own table beside
@@ -47,7 +48,10 @@ class Schedule:
         """
         key = (heads, at_once, programs)
         if key not in self._orders:
-            self._orders[key] = torch.from_numpy(_deal(self.work, *key)).to(self.blocks.device)
+            dealt = torch.from_numpy(_deal(self.work, *key)).to(self.blocks.device)  # [programs, rounds, 2]
+            items = (dealt[..., :1] >= 0).sum(1, keepdim=True, dtype=torch.int32).expand(-1, dealt.shape[1], -1)
+            block = self.blocks[dealt[..., 0].clamp(min=0).long()]
+            self._orders[key] = torch.cat([dealt, block, items, torch.zeros_like(items), self.segments[block[..., 2].long()]], 2)
         return self._orders[key]
 
 
@@ -64,7 +68,7 @@ def schedule(tiles: Tiles, rows: int, width: int, device: torch.device, transpos
 
 
 def _deal(work: np.ndarray, heads: int, at_once: int, programs: int) -> np.ndarray:
-    """[programs, rounds, 2] int32 of Schedule.order."""
+    """[programs, rounds, 2] int32, (block, head) of Schedule.order. Every program has an item, if there are as many."""
     if programs >= heads * len(work):  # an item each, in the order of a group of heads
         turns = [[n] for n in range(heads * len(work))]
     else:

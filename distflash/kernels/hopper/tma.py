@@ -57,6 +57,12 @@ def descriptors(t: Tensor, length: int, rows: int, side: int) -> tuple[TensorDes
     return descriptor(t, length, rows, first), descriptor(t, length, rows, second) if second else None
 
 
+def stageable(sides: tuple[int, int], head_dims: tuple[int, int]) -> bool:
+    """Whether TMA can write out from q's boxes: of the same columns, lines a multiple of 16 bytes of 16-bit elements."""
+    first, second = (parts(side, n) for side, n in zip(sides, head_dims, strict=True))
+    return first == second and head_dims[1] % 8 == 0
+
+
 def vector(t: Tensor, width: int) -> TensorDescriptor:
     """A contiguous tensor as one vector, in boxes of `width`."""
     return TensorDescriptor(t, [t.numel()], [1], [width], _layout((width,), t.dtype))
