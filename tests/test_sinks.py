@@ -103,3 +103,11 @@ def test_low_precision_stays_within_its_budget_and_its_dtype(dtype, budget):
     for name, a, b in zip(NAMES, found, truth(wide, keep_mask(S, S, causal=True)), strict=True):
         error = (a.double() - b).norm() / b.norm()
         assert error <= budget, f"{name}: relative error {error:.1e}"
+
+
+def test_the_gradient_of_a_small_sink_keeps_its_digits():
+    x = make()
+    x = (20 * x[0][:1], *(t[:1] for t in x[1:5]), torch.full((H,), -3.0, dtype=torch.float64))  # exp(sink - lse) is 1e-10 and less
+    wanted = truth(x, keep_mask(S, S))[5]
+    found = run(lambda q, k, v, s: distflash.attention(q, k, v, sinks=s, return_lse=True), *(t.float() for t in x))[5]
+    assert ((found.double() - wanted).abs() <= 1e-3 * wanted.abs()).all(), f"{found}, expected {wanted}"

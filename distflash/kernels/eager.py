@@ -119,9 +119,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, scores: Sc
         return None
     group = q.shape[2] // k.shape[2]
     k_t, v_t = (x[:, tile.kv].repeat_interleave(group, dim=2) if group > 1 else x[:, tile.kv] for x in (k, v))
-    heads_first = (x.transpose(1, 2) for x in (q[:, tile.q], k_t, v_t))
+    heads_first = (_rows(x).transpose(1, 2) for x in (q[:, tile.q], k_t, v_t))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, not tile.full, scale=scale)
     return iter([(tile.q, Partial(out.transpose(1, 2), lse))])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, copied if its last dimension has gaps: the operator reads rows as if they had none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def merge_rows(acc: Partial, rows: slice, part: Partial) -> None:

@@ -33,7 +33,8 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     sink = sinks.to(lse.dtype).unsqueeze(-1)  # [H, 1]
     seen = lse > float("-inf")
     finite = torch.where(seen, lse, 0.0)  # of rows that saw a key; for the others no gradient may pass through -inf - -inf
-    share = torch.where(seen, torch.sigmoid(finite - sink), 0.0)  # [B, H, T]
+    # not sigmoid(...), whose gradient share * (1 - share) loses all digits of a small sink
+    share = torch.where(seen, torch.exp(torch.nn.functional.logsigmoid(finite - sink)), 0.0)  # [B, H, T]
     shrunk = out.to(lse.dtype) * share.transpose(1, 2).unsqueeze(-1)
     return shrunk.to(out.dtype), torch.where(seen, torch.logaddexp(finite, sink), sink)
 

@@ -28,7 +28,7 @@ class LocalGroup:
         self.changed = threading.Condition()
         self.failed = False
         self.notes: dict[int, dict[int, str]] = defaultdict(dict)  # by round, then by rank
-        self.journals: dict[int, Journal] = {}
+        self.journals = {rank: Journal("of threads") for rank in range(size)}
 
     def wire(self, rank: int) -> LocalWire:
         return LocalWire(self, rank)
@@ -53,7 +53,7 @@ class LocalWire:
     def __init__(self, group: LocalGroup, rank: int):
         self.group, self.rank, self.size = group, rank, group.size
         self.device, self.per_node = group.device, group.per_node
-        self.journal = group.journals.setdefault(rank, Journal("of threads"))
+        self.journal = group.journals[rank]
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         with self.group.changed:

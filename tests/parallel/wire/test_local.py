@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distflash.parallel.wire import base
-from distflash.parallel.wire.local import RankLost
+from distflash.parallel.wire.local import LocalGroup, RankLost
 from distflash.testing import spmd
 
 
@@ -109,3 +109,12 @@ def test_what_is_packed_is_unpacked_from_aligned_places(shapes, dtype):
     assert message.dtype == torch.uint8 and message.dim() == 1 and message.numel() == base.empty(forms, message.device).numel()
     for found, tensor in zip(base.unpack(message, forms), tensors, strict=True):
         assert torch.equal(found, tensor) and found.storage_offset() * found.element_size() % 128 == 0
+
+
+def test_a_rank_may_come_while_another_looks_at_the_others():
+    group = LocalGroup(3)
+    looking = iter(group.journals.items())
+    next(looking)
+    group.wire(2)
+    assert len(list(looking)) == 2
+    assert group.wire(0).others().keys() == {1, 2}
