@@ -5,23 +5,15 @@ Legend: B batch, T local tokens, S global tokens, H query heads, Hk key/value he
 
 from __future__ import annotations
 
-from functools import lru_cache
-
+import torch
 from torch import Tensor
 
-from distflash.kernels.base import Kernel, Problem
-from distflash.kernels.select import select
-from distflash.parallel.agreement import mask_words
-from distflash.parallel.autograd import Scheme, Variants, attend
-from distflash.parallel.mask import AnyMask, packed
+from distflash.parallel.autograd import CLOCK, TRACE
 from distflash.parallel.merge import with_sinks
-from distflash.parallel.plan import alone
-from distflash.parallel.positions import aligned
 from distflash.parallel.seeds import fresh
-from distflash.parallel.sequence import ShardedSequence, needs_gradients
+from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
-from distflash.parallel.wire.local import LocalGroup
-from distflash.validate import check_shards, check_sinks, check_tensors, check_variants, documents, scale_of, sees
+from distflash.preparation import prepare
 
 
 def attention(
@@ -81,44 +73,22 @@ def attention(
     With `seq` this is a collective. Sources: FlashAttention-2 (arXiv:2307.08691), Ring Attention (arXiv:2310.01889), DeepSpeed
     Ulysses (arXiv:2309.14509).
     """
-    batched = check_tensors(q, k, v)
-    check_sinks(sinks, q)
-    asked = check_variants(softcap, alibi_slopes, dropout_p, q)
-    variants = (float(softcap), float(dropout_p)) if asked else None
-    scale = scale_of(softmax_scale, q.shape[-1])
-    chosen = select(kernel, Problem(q.device, q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], deterministic, asked))
-    if seq is None:
-        lengths = (q.shape[-3], k.shape[-3])
-        cu = documents(cu_seqlens_q, cu_seqlens_k, *lengths)
-        scheme = _one_device(*cu, sees(mask, causal, window_size, *cu), chosen, scale, variants)
-    else:
-        check_shards(q, k, seq, cu_seqlens_q, cu_seqlens_k)
-        visible = sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)
-        scheme = seq.scheme(visible, chosen, scale, q.shape[-2], k.shape[-2], variants)
-        seq.agree(  # all that must be alike on every rank
-            "attention", batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]),
-            dtype=q.dtype, causal=causal, window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale,
-            softcap=float(softcap), dropout_p=float(dropout_p), alibi_slopes=alibi_slopes is not None, sinks=sinks is not None,
-            deterministic=deterministic, return_lse=return_lse, kernel=chosen.name, gradients=needs_gradients(q, k, v),
-        )  # fmt: skip
+    ticket, gathered = prepare(
+        q, k, v, seq, mask, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, deterministic=deterministic,
+        kernel=kernel, return_lse=return_lse, sinks=sinks,
+    )  # fmt: skip
+    batched = q.dim() == 4
     if not batched:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     slopes = None if alibi_slopes is None else alibi_slopes.expand(q.shape[0], -1)  # [B, H]
-    seed = None if not dropout_p else fresh() if seq is None else seq.sp.seeds.draw()
-    out, lse = attend(q, k, v, scheme, slopes, seed)
+    seed = None if not dropout_p else fresh() if seq is None else seq.sp.seeds.draw(ticket)
+    in_order = seq is not None and torch.compiler.is_dynamo_compiling()
+    out, lse, _ = torch.ops.distflash.attention(q, k, v, ticket, gathered, slopes, seed, TRACE if in_order else None)
+    if in_order:
+        torch.ops.distflash.tick(CLOCK, lse.detach())
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     if not batched:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
-
-
-_ALONE = LocalGroup(1).wire(0)  # nobody to talk to
-
-
-@lru_cache(maxsize=256)
-def _one_device(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], mask: AnyMask, kernel: Kernel, scale: float, variants: tuple[float, float] | None
-) -> Scheme:
-    asked = None if variants is None else Variants(*variants, aligned(cu_q, cu_k))
-    return Scheme(alone(packed(cu_q, cu_k, mask)), _ALONE, None, kernel, scale, asked)

@@ -87,18 +87,25 @@ def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int 
 
 def sees(mask: Slices | None, causal: bool, window_size: tuple[int, int], cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> AnyMask:
     """What each query sees, as one mask: `mask` as it is, or else a window inside each document."""
-    left, right = window(causal, window_size)
+    check_mask(mask, causal, window_size)
     if mask is None:
-        return Mask(left, right, cu_q)
+        return Mask(*window(causal, window_size), cu_q)
+    _check_slices(mask, cu_q, cu_k)
+    return mask
+
+
+def check_mask(mask: Slices | None, causal: bool, window_size: tuple[int, int]) -> None:
+    """Raise unless the window is legal, and `mask` is None or Slices that stand alone."""
+    unlimited = window(causal, window_size) == (None, None)
+    if mask is None:
+        return
     if not isinstance(mask, Slices):
         raise TypeError(f"mask must be distflash.Slices, got {type(mask).__name__}: for blocks of 0 and 1 there is Slices.from_block_mask")
-    if (left, right) != (None, None):
+    if not unlimited:
         raise ValueError(
             f"mask={mask} says what each query sees, and so would causal={causal}, window_size={window_size}: "
             "leave these out and use slices of kind 'causal' or 'band'"
         )
-    _check_slices(mask, cu_q, cu_k)
-    return mask
 
 
 @lru_cache(maxsize=256)

@@ -178,7 +178,7 @@ def test_the_operator_passes_pytorchs_own_checks_with_slopes_and_a_seed():
     kernel = distflash.kernels.select.select("eager", Problem(x.q.device, x.q.dtype, 4, 2, 8, 8, variants=("softcap",)))
     scheme = seq.scheme(mask, kernel, 0.3, 4, 2, (1.0, 0.5))
     leaves = [t.requires_grad_() for t in x[:3]]
-    torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, scheme.handle, EACH, torch.tensor(5)))
+    torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, scheme.ticket(), None, EACH, torch.tensor(5), None))
 
 
 # dropout

@@ -2,31 +2,37 @@
 
 Legend: B batch, T local tokens, H query heads, Hk key/value heads, D head dim, Dv value head dim.
 
-A Scheme is everything about a call that is not a tensor. Operators take integers, so a scheme travels as its `handle`. Being an
-operator that the dispatcher sees, a selective checkpoint policy can keep its results: a checkpointed layer does not run
-attention, nor its communication, again. What differs from call to call under one scheme travels as tensors: the slopes of
-ALiBi [B, H], and the seed of dropout, one int64 on the CPU, which the backward gets too.
+A Scheme is everything about a call that is not a tensor. Operators take integers and tensors, so a scheme travels as a `ticket`:
+one int64 on the CPU, its handle, in memory that belongs to a Python object that holds the scheme. Whoever keeps the ticket keeps
+the scheme: autograd, a checkpoint, a compiled graph, for which the ticket is data. So one compiled graph serves every sequence.
+Being an operator that the dispatcher sees, a selective checkpoint policy can keep its results (`save_attention`): a checkpointed
+layer does not run attention, nor its communication, again. What differs from call to call under one scheme travels as tensors
+too: the slopes of ALiBi [B, H], and the seed of dropout, one int64 on the CPU, which the backward gets too.
+
+A compiler may change the order of calls that do not depend on each other, and Inductor does, by sizes, which differ from rank to
+rank: they would receive each other's messages. So in a graph every forward is followed by a `tick` of the clock that the next one reads,
+and a backward is told what another one returned `after` which it comes: the one that was traced before it.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
-from itertools import count
-from typing import NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from distflash.kernels.base import Dropout, Kernel, Scores, accumulator
-from distflash.parallel import ring
+from distflash.parallel import handles, ring
 from distflash.parallel.plan import Visit
 from distflash.parallel.positions import Positions
 from distflash.parallel.ulysses import Ulysses
 from distflash.parallel.wire.base import Wire
 
-_COUNTER = count()
-_SCHEMES: WeakValueDictionary[int, Scheme] = WeakValueDictionary()
+CLOCK = torch.zeros(1, dtype=torch.int64, device="cpu")
+TRACE = torch.zeros(1, dtype=torch.int64, device="cpu")  # what stands for it in a trace is one object, made for that trace
 
 
 class Variants(NamedTuple):
@@ -47,10 +53,22 @@ class Scheme:
     kernel: Kernel
     scale: float
     variants: Variants | None = None
-    handle: int = field(default_factory=_COUNTER.__next__, init=False)
+    handle: int = field(init=False)
 
     def __post_init__(self) -> None:
-        _SCHEMES[self.handle] = self
+        object.__setattr__(self, "handle", handles.new(self))
+
+    def ticket(self) -> Tensor:
+        """What stands for this scheme in a call of the operator; a new one each time, for a graph may use its memory again."""
+        memory = _Ticket(self.handle)
+        memory.scheme = self
+        # as torch.tensor makes it: fake where tensors are fake
+        return torch.ops.aten.lift_fresh.default(torch.frombuffer(memory, dtype=torch.int64))
+
+    @property
+    def gathered(self) -> list[int] | None:
+        """`Ulysses.gathered`, None without one."""
+        return None if self.ulysses is None else self.ulysses.gathered
 
     def asked(self, device: torch.device, slopes: Tensor | None, seed: Tensor | None) -> ring.Asked | None:
         """What a kernel is asked for, by the owner of the keys: None if there are no variants. Ulysses: of this rank's heads."""
@@ -64,79 +82,116 @@ class Scheme:
         return lambda owner: Scores(positions.queries(device), positions.keys(owner, device), variants.softcap, slopes, dropout)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, slopes: Tensor | None = None, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, Dv] in q.dtype and lse [B, H, T] (natural log, fp32; fp64 for fp64), both differentiable by q, k and v."""
-    out, lse, _ = torch.ops.distflash.attention(q, k, v, scheme.handle, slopes, seed)
-    return out, lse
+class _Ticket(ctypes.c_int64):
+    """The memory of a ticket."""
+
+    scheme: Scheme
+
+
+def scheme_of(ticket: Tensor) -> Scheme:
+    """Raises RuntimeError if the scheme is gone: of a copy of a ticket that outlived it."""
+    return handles.find(int(ticket), Scheme)
+
+
+def save_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """A policy for torch.utils.checkpoint.create_selective_checkpoint_contexts: keep what attention returned, recompute the rest.
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, distflash.save_attention)
+        x = checkpoint(layer, x, seq, use_reentrant=False, context_fn=contexts)
+
+    Attention costs the most to run again, and it communicates; out and lse are small. Also under torch.compile.
+    """
+    ops = torch.ops.distflash
+    keep = op in (ops.attention.default, ops.prepare.default, ops.dropout_seed.default)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @torch.library.custom_op("distflash::attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, handle: int, slopes: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(out, lse, what the backward needs and the inputs do not hold: q, k, v and lse after the all-to-all of Ulysses)."""
-    scheme = _SCHEMES[handle]
+    q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, gathered: list[int] | None, slopes: Tensor | None, seed: Tensor | None,
+    trace: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """(out, lse, what the backward needs and the inputs do not hold: q, k, v and lse after the all-to-all of Ulysses).
+
+    `gathered` is `Scheme.gathered`: the sizes of these, for who knows tensors by their shapes only. `trace` is None
+    in eager mode.
+    """
+    scheme = scheme_of(ticket)
     asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
         out, lse = ring.forward(scheme.visits, scheme.wire, scheme.kernel, q, k, v, scheme.scale, asked)
-        return out, lse, []
+        return out.contiguous(), lse.contiguous(), []  # as the fake ones below; most kernels' are
     q, k, v = ulysses.to_heads((q, k, v), (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))
     out, lse = ring.forward(scheme.visits, scheme.wire, scheme.kernel, q, k, v, scheme.scale, asked)
     mine = ulysses.to_tokens((out, lse.transpose(1, 2)), (ulysses.heads, ulysses.heads))
     return mine[0], mine[1].transpose(1, 2).contiguous(), [q, k, v, lse]
 
 
+@torch.library.custom_op("distflash::tick", mutates_args=("clock",))
+def tick(clock: Tensor, after: Tensor) -> None:
+    """To a compiler: changes the clock, once `after` is there. Nothing is done."""
+
+
+@tick.register_fake
+def _(clock, after):
+    return None
+
+
 @torch.library.custom_op("distflash::attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, handle: int,
-    slopes: Tensor | None, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the local q, k, v. dout, dlse, out are local; q, k, v, lse are what the ring worked on."""
-    scheme = _SCHEMES[handle]
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ticket: Tensor, kv_heads: int,
+    slopes: Tensor | None, seed: Tensor | None, after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the local q, k, v, the latter of `kv_heads`; and something for the next one's `after`.
+
+    dout, dlse, out are local; q, k, v, lse are what the ring worked on.
+    """
+    scheme = scheme_of(ticket)
     delta = scheme.kernel.delta(out, dout)  # [B, H, T]
     if dlse is not None:
         # d lse_i / d s_ij = p_ij: the gradient of lse joins dS = P * (dP - delta) with the opposite sign
         delta = delta - dlse
     asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
-        return ring.backward(scheme.visits, scheme.wire, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype)
+        grads = ring.backward(scheme.visits, scheme.wire, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype)
+        return *grads, _nothing()
     dout, delta = ulysses.to_heads((dout, delta.transpose(1, 2)), (ulysses.heads, ulysses.heads))
     grads = ring.backward(
         scheme.visits, scheme.wire, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
         dkv_dtype=accumulator(k.dtype) if ulysses.shared else k.dtype,
     )  # fmt: skip
     dq, dk, dv = ulysses.to_tokens(grads, (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), _nothing()
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0, device="cpu")
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, handle: int, slopes, seed) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _(q, k, v, ticket, gathered, slopes, seed, trace):
     batch, tokens, heads, _ = q.shape
     acc = accumulator(q.dtype)
     out, lse = q.new_empty(batch, tokens, heads, v.shape[3]), q.new_empty(batch, heads, tokens, dtype=acc)
-    if (ulysses := _SCHEMES[handle].ulysses) is None:
+    if gathered is None:
         return out, lse, []
-    total, me = sum(ulysses.lengths), ulysses.wire.rank
-    mine, kv = len(ulysses.heads[me]), len(ulysses.kv_heads[me])
+    total, mine, kv = gathered
     shapes = ((mine, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3]))
     return out, lse, [*(q.new_empty(batch, total, *s) for s in shapes), q.new_empty(batch, mine, total, dtype=acc)]
 
 
 @_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, handle, slopes, seed):
+def _(dout, dlse, q, k, v, out, lse, ticket, kv_heads, slopes, seed, after):
     batch, tokens, heads, _ = out.shape
-    ulysses = _SCHEMES[handle].ulysses
-    kv_heads = k.shape[2] if ulysses is None else ulysses.kv_heads[-1].stop
     shapes = ((heads, q.shape[3]), (kv_heads, k.shape[3]), (kv_heads, v.shape[3]))
-    return tuple(q.new_empty(batch, tokens, *s) for s in shapes)
+    return *(q.new_empty(batch, tokens, *s) for s in shapes), _nothing()
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, handle, slopes, seed = inputs
+    q, k, v, ticket, _, slopes, seed, trace = inputs
     out, lse, gathered = output
-    ctx.scheme = _SCHEMES[handle]  # keeps it alive until the backward
+    # no saved tensors: what offloads those would keep copies, and a copy of a ticket does not keep the scheme
+    ctx.ticket, ctx.kv_heads, ctx.trace = ticket, k.shape[2], trace
     q, k, v, lse = gathered or (q, k, v, lse)
     ctx.save_for_backward(q, k, v, out, lse, slopes, seed)
     ctx.set_materialize_grads(False)
@@ -145,8 +200,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradient(ctx, dout, dlse, _):
     q, k, v, out, lse, slopes, seed = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.distflash.attention_backward(dout, dlse, q, k, v, out, lse, ctx.scheme.handle, slopes, seed)
-    return *grads, None, None, None
+    after = getattr(ctx.trace, "distflash_after", None)
+    *grads, done = torch.ops.distflash.attention_backward(dout, dlse, q, k, v, out, lse, ctx.ticket, ctx.kv_heads, slopes, seed, after)
+    if ctx.trace is not None:
+        ctx.trace.distflash_after = done
+    return *grads, None, None, None, None, None
 
 
 torch.library.register_autograd("distflash::attention", _gradient, setup_context=_setup_context)

@@ -26,6 +26,12 @@ def contiguous(cu: tuple[int, ...], ranks: int) -> Layout:
     return tuple(tuple(_joined([piece])) for piece in _pieces(range(cu[-1]), ranks))
 
 
+def by_document(cu: tuple[int, ...], ranks: int) -> Layout:
+    """Rank r holds the r-th of P equal pieces of each document."""
+    documents = [_pieces(range(start, stop), ranks) for start, stop in pairwise(cu)]
+    return tuple(tuple(_joined(pieces[r] for pieces in documents)) for r in range(ranks))
+
+
 def zigzag(cu: tuple[int, ...], ranks: int) -> Layout:
     """Rank r holds chunks r and 2P-1-r of each document, an early and a late one: causal work is equal on all ranks.
 

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from itertools import count
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from distflash.parallel import handles
 from distflash.parallel.wire.base import Wire
 
 _REMEMBERED = 1 << 16  # calls that a checkpoint may still run again
 _BITS = 63
-_COUNTER = count()
-_GROUPS: WeakValueDictionary[int, Seeds] = WeakValueDictionary()
 
 
 def fresh() -> Tensor:
@@ -33,21 +30,21 @@ class Seeds:
     """The seeds of one group of ranks."""
 
     def __init__(self, wire: Wire):
-        self._wire, self._handle = wire, next(_COUNTER)
+        self._wire, self._handle = wire, handles.new(self)
         self._generator: random.Random | None = None
         self._drawn: OrderedDict[int, int] = OrderedDict()  # seed by token
-        _GROUPS[self._handle] = self
 
     def start(self, seed: int) -> None:
         """Begin anew from `seed`, which must be the same on every rank."""
         self._generator = random.Random(seed)
 
-    def draw(self) -> Tensor:
+    def draw(self, after: Tensor | None = None) -> Tensor:
         """The seed of this call, as `fresh` gives one. The first time it is a collective: rank 0 of the group says where to begin.
 
-        Raises RuntimeError inside a backward pass if the call is not one of the forward run again in the same state.
+        `after` is what a compiled graph must have computed before: ranks draw in one order. Raises RuntimeError inside a backward
+        pass if the call is not one of the forward run again in the same state.
         """
-        return torch.ops.distflash.dropout_seed(fresh(), self._handle)
+        return torch.ops.distflash.dropout_seed(fresh(), self._handle, after)
 
     def of(self, token: int) -> int:
         """The seed that goes with a token."""
@@ -70,10 +67,10 @@ class Seeds:
 
 
 @torch.library.custom_op("distflash::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _seed(token: Tensor, handle: int) -> Tensor:
-    return torch.tensor(_GROUPS[handle].of(int(token)))
+def _seed(token: Tensor, handle: int, after: Tensor | None) -> Tensor:
+    return torch.tensor(handles.find(handle, Seeds).of(int(token)))
 
 
 @_seed.register_fake
-def _(token: Tensor, handle: int) -> Tensor:
+def _(token: Tensor, handle: int, after: Tensor | None) -> Tensor:
     return torch.empty_like(token)

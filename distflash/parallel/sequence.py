@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distflash.kernels.base import Kernel
+from distflash.parallel import handles
 from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
 from distflash.parallel.autograd import Scheme, Variants
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, gathered, lengths, split
@@ -131,28 +132,40 @@ class SequenceParallel:
 
 
 class ShardedSequence:
-    """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view."""
+    """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view.
 
-    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None):
+    `layout` is who holds what where the SequenceParallel knows none: the spans of each rank of the ring, the same on every rank.
+    """
+
+    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None, layout: Layout | None = None):
         self.sp, self.cu_seqlens = sp, cu_seqlens
-        self.length, self._balanced = cu_seqlens[-1], mask
+        self.length, self._balanced, self._given = cu_seqlens[-1], mask, layout
         ranks = sp.ring_wire.size
-        ring_layout = LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask)
+        ring_layout = layout or (LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask))
         self.layout: Layout = split(ring_layout, sp.ulysses)
         self.lengths = lengths(self.layout)  # tokens of each rank
         self.local_length = self.lengths[sp.rank]
+        self.ticket = torch.tensor([handles.new(self)], device="cpu")  # for operators; a compiled graph takes that of any sequence
         self._plans: dict[AnyMask, tuple[Visit, ...]] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._schemes: OrderedDict[tuple, Scheme] = OrderedDict()
 
-    @cached_property
+    @property
     def indices(self) -> Tensor:
         """Global index of each local token, LongTensor (T,)."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.ops.distflash.places(self.ticket, self.local_length, self.sp.device, False)
         return self.indices_of(self.sp.rank, self.sp.device)
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """Position of each local token inside its document, LongTensor (T,): what RoPE is fed with."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.ops.distflash.places(self.ticket, self.local_length, self.sp.device, True)
+        return self._in_documents
+
+    @cached_property
+    def _in_documents(self) -> Tensor:
         borders = torch.tensor(self.cu_seqlens, device=self.sp.device)
         return self.indices - borders[torch.searchsorted(borders, self.indices, right=True) - 1]
 
@@ -173,7 +186,8 @@ class ShardedSequence:
             raise ValueError(
                 f"shard() needs the {self.length} tokens of the sequence along dim {dim}, got {x.shape[dim]}: shapes {tuple(x.shape)}"
             )
-        return x.index_select(dim, self.indices_of(self.sp.rank, x.device))
+        compiling = torch.compiler.is_dynamo_compiling()
+        return x.index_select(dim, self.indices.to(x.device) if compiling else self.indices_of(self.sp.rank, x.device))
 
     def unshard(self, x_local: Tensor, dim: int = 1) -> Tensor:
         """All S tokens, on every rank, of the shards that the ranks hold along `dim`. A collective.
@@ -199,8 +213,8 @@ class ShardedSequence:
     @cached_property
     def _shared(self) -> dict[str, object]:
         """What ranks have to agree on whatever they call."""
-        sp = self.sp
-        scheme = {"layout": sp.layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire.name}
+        sp, layout = self.sp, self.sp.layout if self._given is None else words(self._given)
+        scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire.name}
         return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self._balanced)}
 
     def scheme(
@@ -243,6 +257,18 @@ class ShardedSequence:
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1
         return f"ShardedSequence({self.length} tokens, {documents} document{'s' * (documents > 1)}, {self.local_length} here, {self.sp!r})"
+
+
+@torch.library.custom_op("distflash::places", mutates_args=())
+def _places(seq: Tensor, tokens: int, device: torch.device, in_documents: bool) -> Tensor:
+    """`positions` or `indices` of a sequence, in a graph that serves any: new memory, for the graph may use it again."""
+    found = handles.find(int(seq), ShardedSequence)
+    return (found.positions if in_documents else found.indices).clone()
+
+
+@_places.register_fake
+def _(seq, tokens, device, in_documents):
+    return torch.empty(tokens, dtype=torch.int64, device=device)
 
 
 def needs_gradients(*tensors: Tensor) -> bool:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from operator import index
 from typing import Any, NamedTuple
 
+from distflash.parallel import handles
 from distflash.tile import Band, Tile
 
 KINDS = ("full", "causal", "inverse-causal", "band")
@@ -44,6 +45,7 @@ class Slices:
     def __init__(self, slices: Iterable[Slice | tuple[Any, ...]]):
         self.slices = tuple(_checked(n, given) for n, given in enumerate(slices))
         self._hash = hash(self.slices)
+        self.handle = handles.new(self)
         found = [(n, piece) for n, piece in enumerate(_piece(s).cropped() for s in self.slices) if piece]
         _refuse_overlaps(found)
         self.pieces = tuple(sorted((piece for _, piece in found), key=lambda piece: (piece.q.start, piece.kv.start)))
@@ -120,6 +122,9 @@ class Slices:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slices, (self.slices,)  # a copy has a handle of its own
 
     def __len__(self) -> int:
         return len(self.slices)

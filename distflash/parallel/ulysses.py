@@ -60,6 +60,11 @@ class Ulysses:
         """True if some key/value head is held by several ranks, whose gradients must be summed."""
         return any(a.stop > b.start for a, b in pairwise(self.kv_heads))
 
+    @property
+    def gathered(self) -> list[int]:
+        """(tokens, query heads, key/value heads) of this rank after the all-to-all."""
+        return [sum(self.lengths), len(self.heads[self.wire.rank]), len(self.kv_heads[self.wire.rank])]
+
     def to_heads(self, tensors: Sequence[Tensor], shards: Sequence[Heads]) -> list[Tensor]:
         """Each [B, T, H, ...] becomes [B, Tg, h, ...]; all of them travel in one message a peer."""
         me = self.wire.rank

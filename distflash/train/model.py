@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distflash
 
@@ -63,19 +62,6 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     if name not in MODELS:
         raise ValueError(f"there is no model {name!r}: choose one of {', '.join(MODELS)}")
     return replace(MODELS[name], **changes)
-
-
-def checkpoint_policy() -> Callable[[], Any]:
-    """The context_fn for torch.utils.checkpoint that keeps attention's outputs and recomputes everything else.
-
-    Attention costs the most to run again, and across ranks it communicates; its outputs are small (hazard 30).
-    """
-
-    def choose(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        keep = op == torch.ops.distflash.attention.default
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return functools.partial(create_selective_checkpoint_contexts, choose)
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -138,6 +124,9 @@ class FeedForward(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
+KEEP_ATTENTION = functools.partial(create_selective_checkpoint_contexts, distflash.save_attention)
+
+
 class Block(nn.Module):
     """One layer, pre-norm; with `recompute` its activations are made again in backward, attention's excepted."""
 
@@ -152,7 +141,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seq: Any, rope: tuple[Tensor, Tensor]) -> Tensor:
         # The checkpoint lies inside the module that FSDP wraps: its parameters are gathered once for recompute and backward.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, x, seq, rope, use_reentrant=False, context_fn=checkpoint_policy())  # type: ignore[no-any-return]
+            return checkpoint(self._layer, x, seq, rope, use_reentrant=False, context_fn=KEEP_ATTENTION)  # type: ignore[no-any-return]
         return self._layer(x, seq, rope)
 
     def _layer(self, x: Tensor, seq: Any, rope: tuple[Tensor, Tensor]) -> Tensor:

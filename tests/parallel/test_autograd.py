@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distflash
-from distflash.parallel.autograd import attend
 from distflash.parallel.mask import Mask
 from distflash.parallel.wire.local import LocalWire
 from distflash.testing import spmd
@@ -74,12 +73,13 @@ def test_the_operator_passes_pytorchs_own_checks(dtype):
     kernel = distflash.kernels.select.select("eager", distflash.kernels.base.Problem(x.q.device, dtype, 4, 2, 8, 8))
     scheme = seq.scheme(Mask(None, 0, seq.cu_seqlens), kernel, 0.3, 4, 2)
     leaves = [t.requires_grad_() for t in x[:3]]
-    torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, scheme.handle, None, None))
-    out, lse = attend(*leaves, scheme)
+    call = (scheme.ticket(), scheme.gathered, None, None, None)
+    torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, *call))
+    out, lse, _ = torch.ops.distflash.attention(*leaves, *call)
     backward = (torch.randn_like(out), torch.randn_like(lse), *leaves, out, lse)
     torch.library.opcheck(
         torch.ops.distflash.attention_backward.default,
-        (*(t.detach() for t in backward), scheme.handle, None, None),
+        (*(t.detach() for t in backward), scheme.ticket(), 2, None, None, None),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -94,15 +94,17 @@ def test_shapes_without_data_are_those_of_the_real_thing_on_every_rank(ulysses):
         leaves = [seq.shard(t) for t in x[:3]]
         kernel = distflash.kernels.select.select("eager", distflash.kernels.base.Problem(x.q.device, x.q.dtype, 6, 3, 8, 5))
         scheme = seq.scheme(Mask(), kernel, 1.0, 6, 3)
-        out, lse, extra = torch.ops.distflash.attention(*leaves, scheme.handle, None, None)
+        call = (scheme.ticket(), scheme.gathered, None, None, None)
+        out, lse, extra = torch.ops.distflash.attention(*leaves, *call)
         saved = extra or [*leaves, lse]
-        grads = torch.ops.distflash.attention_backward(out, lse, *saved[:3], out, saved[3], scheme.handle, None, None)
+        grads = torch.ops.distflash.attention_backward(out, lse, *saved[:3], out, saved[3], scheme.ticket(), 3, None, None, None)
         real = [out, lse, *extra, *grads]
         with torch._subclasses.FakeTensorMode() as mode:
             fake_in = [mode.from_tensor(t) for t in leaves]
-            out, lse, extra = torch.ops.distflash.attention(*fake_in, scheme.handle, None, None)
+            ticket, *call = (mode.from_tensor(scheme.ticket()), scheme.gathered, None, None, None)
+            out, lse, extra = torch.ops.distflash.attention(*fake_in, ticket, *call)
             saved = extra or [*fake_in, lse]
-            grads = torch.ops.distflash.attention_backward(out, lse, *saved[:3], out, saved[3], scheme.handle, None, None)
+            grads = torch.ops.distflash.attention_backward(out, lse, *saved[:3], out, saved[3], ticket, 3, None, None, None)
             fake = [out, lse, *extra, *grads]
         for n, (a, b) in enumerate(zip(real, fake, strict=True)):
             assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, b.is_contiguous()), f"rank {group.rank}, output {n}"

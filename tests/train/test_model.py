@@ -12,7 +12,6 @@ from distflash.train.model import (
     Llama,
     ModelConfig,
     attention_flops,
-    checkpoint_policy,
     initial_value,
     model_config,
     rope_table,
@@ -106,14 +105,6 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.forward += func == torch.ops.distflash.attention.default
         return func(*args, **(kwargs or {}))
-
-
-def test_the_policy_keeps_attention_and_nothing_else():
-    forward, recompute = checkpoint_policy()()
-    assert hasattr(forward, "__torch_dispatch__") and hasattr(recompute, "__torch_dispatch__")
-    choose = checkpoint_policy().args[0]
-    assert choose(None, torch.ops.distflash.attention.default).name == "MUST_SAVE"
-    assert choose(None, torch.ops.aten.mm.default).name == "PREFER_RECOMPUTE"
 
 
 def test_initial_values_depend_on_seed_and_name_only():

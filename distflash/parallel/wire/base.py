@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distflash.parallel.wire.journal import Journal
 
-_ALIGN = 128  # bytes: what follows in a message starts where TMA and vector loads may
+ALIGN = 128  # bytes: what follows in a message starts where TMA and vector loads may
 
 
 class Pending(Protocol):
@@ -101,4 +101,4 @@ def unpack(message: Tensor, forms: Sequence[Form]) -> list[Tensor]:
 
 def _room(form: Form) -> int:
     shape, dtype = form
-    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGN) * _ALIGN
+    return -(-torch.Size(shape).numel() * dtype.itemsize // ALIGN) * ALIGN
