@@ -25,6 +25,14 @@ def test_the_ten_lines_of_the_readme_run():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", ["docs/migrating.md"])
+def test_the_python_blocks_of_a_page_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks, f"{page} has no block"
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_layout_in_the_readme_is_the_layout():
     tree = re.search(r"```\n(distflash/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     for line in tree.splitlines():

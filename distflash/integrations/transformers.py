@@ -1,0 +1,196 @@
+"""Transformers: `enable(model, sp)` makes a model's attention ours, `shard(batch, sp)` gives each rank its tokens of a batch.
+
+Legend: B rows of a batch, S tokens a row, Q queries and K keys a row (without a cache S), H heads, Hk key/value heads, D head dim.
+
+Alone, padding, packed documents, chunks and windows are read off the model's own masks (transformers_masks). Across ranks the
+documents are those of the batch (transformers_batch), whose `ShardedSequence` travels to the layers among the arguments of the
+model's forward, so that a layer that is checkpointed and runs again meets the same one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distflash.api import attention
+from distflash.integrations.transformers_batch import CARRIED, IGNORE, SEQUENCE, shard
+from distflash.integrations.transformers_masks import Visible, read, unread
+from distflash.kernels.select import KERNELS
+from distflash.parallel.sequence import SequenceParallel, ShardedSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["IGNORE", "SEQUENCE", "enable", "shard"]
+
+# arguments that reach attention and ask nothing of it: what belongs to the loss or to other layers, and what follows from others
+_NOTHING = {
+    *CARRIED, "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_router_logits",
+    "position_embeddings", "shift_labels", "token_type_ids", "use_cache",
+}  # fmt: skip
+
+
+def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str = "auto", deterministic: bool = False) -> None:
+    """Let all attention of a Transformers model be `distflash.attention`, alone, or across the ranks of `sp`.
+
+    Alone the model is called as ever: padding, packed documents (positions that start anew, or cu_seq_lens_q), windows, softcap,
+    sinks, dropout, generation with a dynamic cache. With `sp` it is called with batches that come from `shard`; `enable(model)`
+    gives it back its whole sequences, say for generation. `kernel` and `deterministic` are those of `distflash.attention`.
+
+    Raises ValueError on models whose attention cannot be exchanged, and with `sp` on models of which a shard of the tokens would
+    be computed wrong: tokens mixed by other layers than attention, positions that the model makes itself, RoPE that depends on the
+    longest position at hand, a loss that is not the mean over next tokens, a router's loss.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)  # PEFT wraps models
+    if inner is None:
+        raise TypeError(f"model must be a transformers.PreTrainedModel, or hold one, got {type(model).__name__}")
+    if kernel != "auto" and kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not known: use 'auto' or one of {', '.join(map(repr, KERNELS))}")
+    if sp is not None and (reason := _why_not(inner)):
+        raise ValueError(f"{type(inner).__name__} cannot share a sequence between ranks: {reason}")
+    # Transformers takes a name with "flash" in it for one of its own
+    name = "_".join(["exact_sharded" if sp is not None else "exact", kernel, *(["deterministic"] if deterministic else [])])
+    AttentionInterface.register(name, partial(_attention, _Asked(sp is not None, kernel, deterministic)))
+    AttentionMaskInterface.register(name, read)  # without one, Transformers drops padding and documents
+    inner.set_attn_implementation(name)
+    models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
+    kept = {type(m).__name__: m.config._attn_implementation for m in models if m.config._attn_implementation != name}
+    if kept:
+        raise ValueError(f"the attention of {', '.join(f'{m} is still {was!r}' for m, was in kept.items())}: it cannot be exchanged")
+
+
+class _Asked(NamedTuple):
+    """How a model was enabled."""
+
+    sharded: bool
+    kernel: str
+    deterministic: bool
+
+
+def _attention(
+    enabled: _Asked,
+    module: nn.Module,
+    query: Tensor,  # [B, H, Q, D]
+    key: Tensor,  # [B, Hk, K, D]
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,  # [H], attention sinks
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    sharded_sequence: ShardedSequence | None = None,
+    deterministic: bool = False,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """What the layers of a model call; see AttentionInterface. Returns (B, Q, H, D)."""
+    asked = [name for name, x in others.items() if name not in _NOTHING and x is not None and x is not False]
+    if asked:
+        raise ValueError(f"attention was given {', '.join(sorted(asked))}, which it does not compute: use attn_implementation='eager'")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))  # RoPE may have widened q and k
+    seen = _visible(module, attention_mask, is_causal, sliding_window, query, key)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, H, D]
+    call = partial(
+        attention, causal=seen.window_size[1] == 0, window_size=seen.window_size, softmax_scale=scaling, softcap=softcap or 0.0,
+        sinks=s_aux, dropout_p=dropout, deterministic=enabled.deterministic or deterministic, kernel=enabled.kernel,
+    )  # fmt: skip
+    if enabled.sharded:
+        _check_sharded(sharded_sequence, seen, cu_seq_lens_q, others)
+        seen.check_positions(position_ids, sharded=True)
+        return _out(call(q, k, v, sharded_sequence)), None
+    if sharded_sequence is not None:
+        raise ValueError("the batch comes from shard(), but the model was enabled alone: use enable(model, sp)")
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.equal(cu_seq_lens_k, _given(cu_seq_lens_q)):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: documents that attend to others are not computed")
+    if cu_seq_lens_q is None:  # those that are given say where documents begin, whatever the positions
+        seen.check_positions(position_ids, sharded=False)
+    packed = seen.packed(cu_seq_lens_q)
+    if packed is None:
+        return _out(call(q, k, v)), None
+    out = call(*packed.pack(q, k, v), cu_seqlens_q=packed.cu_q, cu_seqlens_k=packed.cu_k)
+    return packed.pad(_out(out), len(q)), None
+
+
+def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    assert isinstance(result, Tensor)  # no lse was asked for
+    return result
+
+
+def _given(cu_seq_lens_q: Tensor | None) -> Tensor:
+    if cu_seq_lens_q is None:
+        raise ValueError("cu_seq_lens_k was given without cu_seq_lens_q: give both")
+    return cu_seq_lens_q
+
+
+def _visible(
+    module: nn.Module, mask: Visible | Tensor | None, is_causal: bool | None, window: int | None, query: Tensor, key: Tensor
+) -> Visible:
+    """What the tokens see. Raises ValueError where the arguments contradict the mask."""
+    if isinstance(mask, Tensor):
+        raise ValueError(
+            f"a mask of one's own, here {tuple(mask.shape)} {mask.dtype}, is not computed: give documents as position_ids that start "
+            "anew and padding as attention_mask (batch, tokens), or use attn_implementation='sdpa'"
+        )
+    if mask is None:
+        causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+        if causal is None or (window is not None and not causal):
+            raise ValueError(f"{type(module).__name__} has neither a mask nor is_causal, or a window without either: what may it see?")
+        return unread(causal, window, query.shape[2], key.shape[2], rows=len(key))
+    left, right = mask.window_size
+    if is_causal is not None and is_causal != (right == 0):
+        raise ValueError(f"is_causal={is_causal} contradicts the model's mask, which is {'causal' if right == 0 else 'bidirectional'}")
+    if window is not None and right == 0 and left != window - 1 and not (left == -1 and window >= key.shape[2]):
+        raise ValueError(f"sliding_window={window} contradicts the model's mask, whose window is {left + 1 or 'unlimited'}")
+    return mask
+
+
+def _check_sharded(seq: ShardedSequence | None, seen: Visible, cu_seq_lens_q: Tensor | None, others: Mapping[str, object]) -> None:
+    if seq is None:
+        raise ValueError(
+            "the model was enabled across ranks, and this batch is not sharded, or the model does not hand its arguments to attention: "
+            "call it with shard(batch, sp), or enable(model) for whole sequences"
+        )
+    if seen.window_size[1] != 0:
+        raise ValueError("across ranks only causal models are computed, and this mask is bidirectional")
+    if cu_seq_lens_q is not None:
+        raise ValueError("cu_seq_lens_q beside sharded_sequence: leave it out, shard() has read it")
+    if others.get("output_router_logits"):
+        raise ValueError("output_router_logits: each rank would balance its own tokens only; leave it out across ranks")
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    """Why a model would compute a shard of the tokens wrong, None if it would not."""
+    config = model.config.get_text_config()
+    arguments = inspect.signature(model.forward).parameters
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in [ropes, *ropes.values()] if isinstance(r, Mapping)} & {"dynamic", "longrope"}
+    mixing = [type(m).__name__ for m in model.modules() if isinstance(m, nn.Conv1d) or getattr(m, "_is_stateful", False)]
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder and a decoder"
+    if layers or mixing or getattr(config, "attention_chunk_size", None) is not None:
+        what = sorted(layers) or mixing[:1] or ["chunked attention"]
+        return f"{', '.join(what)} would see only the tokens of its rank"
+    if kinds:
+        return f"RoPE of type {', '.join(sorted(kinds))} depends on the longest position at hand, which differs from rank to rank"
+    if "position_ids" not in arguments or not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
+        return "its forward does not take position_ids, or no further arguments"
+    if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
+        return f"its loss is {model.loss_type}, not that of next tokens"
+    if getattr(config, "output_router_logits", False):
+        return "config.output_router_logits: the router's loss is no sum over tokens, each rank would balance its own; set it to False"
+    return None
