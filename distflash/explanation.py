@@ -1,4 +1,4 @@
-"""What a call would do, and why: kernel, wire, layout, order, work and traffic, counted from the plan's integers."""
+"""What a call would do, and why: kernel, wire, layout, order, work and traffic, counted from the plan's integers; predicted time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distflash.kernels.base import Problem, accumulator
+from distflash.cost.devices import find, network
+from distflash.cost.memory import peak
+from distflash.cost.time import Cluster, Rank
+from distflash.cost.traffic import Scheme, Shape, Share
+from distflash.kernels.base import Problem
 from distflash.kernels.select import candidates, select
+from distflash.parallel.layout import gathered
 from distflash.parallel.mask import packed
-from distflash.parallel.plan import Visit, alone
+from distflash.parallel.plan import alone
 from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
-from distflash.parallel.ulysses import Ulysses
 from distflash.validate import check_shards, check_tensors, check_variants, sees
+
+_NIC = 400  # Gbit/s that are assumed between hosts
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One attention call of this rank. FLOPs and bytes are exact counts (without the padding inside messages).
+    """One attention call of this rank. FLOPs and bytes sent are exact counts, seconds and the peak are the model of docs/io-model.md.
 
     Print it for a summary."""
 
@@ -36,6 +42,11 @@ class Explanation:
     backward_flops: int
     forward_bytes: int  # sent by this rank
     backward_bytes: int
+    peak_bytes: int  # of memory above q, k, v and dout, at the peak of forward and backward
+    forward_seconds: float | None  # None: nothing is known of this device
+    backward_seconds: float | None
+    exposed_seconds: float | None  # of both, those in which only communication goes on
+    basis: str  # what the seconds rest on, or why there are none
 
     def __str__(self) -> str:
         rows = [f"kernel    {self.kernel}", *(f"          not {name}: {reason}" for name, reason in self.passed_over)]
@@ -45,7 +56,13 @@ class Explanation:
             f"mask      keeps {self.pairs_kept} of {self.pairs} pairs of a query and a key, {self.pairs_kept / max(self.pairs, 1):.2%}",
             f"work      {self.forward_flops:.3e} FLOPs forward, {self.backward_flops:.3e} backward",
             f"traffic   {self.forward_bytes / 2**20:.1f} MiB sent forward, {self.backward_bytes / 2**20:.1f} MiB backward",
+            f"memory    {self.peak_bytes / 2**20:.1f} MiB above the inputs at the peak",
         ]
+        if self.forward_seconds is None or self.backward_seconds is None or self.exposed_seconds is None:
+            rows.append(f"time      no prediction: {self.basis}")
+        else:
+            both = f"{1e3 * self.forward_seconds:.3f} ms forward, {1e3 * self.backward_seconds:.3f} ms backward"
+            rows.append(f"time      {both}, {1e3 * self.exposed_seconds:.3f} ms of them exposed communication ({self.basis})")
         return "\n".join(rows)
 
 
@@ -83,53 +100,41 @@ def explain(
     chosen = select(kernel, problem).name
     tried = [] if kernel != "auto" else candidates(problem)
     passed_over = tuple((name, reason) for name, reason in tried[: [name for name, _ in tried].index(chosen) if tried else 0] if reason)
+    shape = Shape(heads, kv_heads, head_dim, head_dim, batch, dtype.itemsize)
     if seq is None:
         cu = (0, q_len), (0, k_len)
-        ulysses, visits, scheme = None, alone(packed(*cu, sees(mask, causal, window_size, *cu))), "one device, nothing is sent"
-        all_keys = k_len
+        visits, scheme, spans = alone(packed(*cu, sees(mask, causal, window_size, *cu))), Scheme("contiguous", "ring", 1, 1, 1), ()
+        rank, all_keys, how = 0, k_len, "one device, nothing is sent"
     else:
-        sp, all_keys = seq.sp, seq.length
-        visits = seq.visits(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens))
-        ulysses = seq.head_exchange(heads, kv_heads)
-        scheme = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire.name}"
-    mine, kv_mine = heads, kv_heads
-    sent = sent_back = 0
-    if ulysses is not None:
-        me = ulysses.wire.rank
-        mine, kv_mine = len(ulysses.heads[me]), len(ulysses.kv_heads[me])
-        sent, sent_back = (batch * n for n in _ulysses_bytes(ulysses, head_dim, dtype))
-    ring, ring_back = _ring_bytes(visits, batch * kv_mine * 2 * head_dim, dtype)
-    sent, sent_back = sent + ring, sent_back + ring_back
+        sp, rank, all_keys = seq.sp, seq.sp.rank, seq.length
+        visits, spans = seq.visits(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)), gathered(seq.layout, sp.ulysses)
+        scheme = Scheme(sp.layout, sp.order, sp.ulysses, sp.size, sp.wire.per_node)
+        how = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire.name}"
+    mine = Share(scheme, spans, shape, rank, visits)
+    sent = {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
     kept = sum(visit.tiles.area for visit in visits)
-    forward = 4 * batch * mine * head_dim * kept
-    busy = sum(bool(visit.tiles) for visit in visits)
-    tiles = sum(len(visit.tiles) for visit in visits)
-    pairs = visits[0].tiles.q_len * all_keys
-    return Explanation(chosen, passed_over, scheme, len(visits), busy, tiles, kept, pairs, forward, forward * 5 // 2, sent, sent_back)
+    forward, backward, exposed, basis = _predicted(mine, device, "p2p" if seq is None else seq.sp.wire.name)
+    return Explanation(
+        chosen, passed_over, how, len(visits), sum(bool(visit.tiles) for visit in visits), sum(len(visit.tiles) for visit in visits),
+        kept, visits[0].tiles.q_len * all_keys, mine.shape.flops("forward") * kept, mine.shape.flops("backward") * kept,
+        sent["forward"], sent["backward"], max(peak(mine).values()), forward, backward, exposed, basis,
+    )  # fmt: skip
 
 
-def _ring_bytes(visits: Sequence[Visit], numbers_a_token: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(forward, backward) bytes of the ring: K and V each way round; in the backward their gradients come along."""
-    own = visits[0].tiles.kv_len
-    moved = home = 0
-    for visit in visits:
-        block = visit.tiles.kv_len
-        moved += sum(block * (hop.onward is not None) + own * (hop.own is not None) for hop in visit.hops) * numbers_a_token
-        home += block * (visit.home.dest is not None) * numbers_a_token
-    return moved * dtype.itemsize, moved * dtype.itemsize + home * accumulator(dtype).itemsize
-
-
-def _ulysses_bytes(ulysses: Ulysses, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(forward, backward) bytes of the all-to-alls: q, k, v there, out and lse back; dout and delta there, dq, dk, dv back."""
-    me, wide = ulysses.wire.rank, accumulator(dtype).itemsize
-    row, kv_row = head_dim * dtype.itemsize, 2 * head_dim * dtype.itemsize  # of one token and head
-    home_row = 2 * head_dim * (wide if ulysses.shared else dtype.itemsize)  # dk and dv of a shared head travel unrounded
-    forward = backward = 0
-    for rank in range(ulysses.wire.size):
-        if rank != me:
-            here, there = ulysses.lengths[me], ulysses.lengths[rank]
-            forward += here * (len(ulysses.heads[rank]) * row + len(ulysses.kv_heads[rank]) * kv_row)
-            forward += there * len(ulysses.heads[me]) * (row + wide)
-            backward += here * len(ulysses.heads[rank]) * (row + wide)
-            backward += there * (len(ulysses.heads[me]) * row + len(ulysses.kv_heads[me]) * home_row)
-    return forward, backward
+def _predicted(mine: Share, device: torch.device, wire: str) -> tuple[float | None, float | None, float | None, str]:
+    """(seconds forward, backward, of these exposed; what they rest on), or None three times and why."""
+    scheme = mine.scheme
+    if device.type != "cuda":
+        return None, None, None, f"rates of this {device.type} are not known, `distflash doctor --measure` tells them"
+    try:
+        known = find(torch.cuda.get_device_name(device))
+    except ValueError as error:
+        return None, None, None, str(error)
+    link = next((name for name in known.wires if wire.startswith(name)), None)
+    if link is None or mine.shape.itemsize != known.itemsize:
+        rates = f"{known.name}'s rates are of {8 * known.itemsize}-bit inputs over {', '.join(known.wires)}"
+        return None, None, None, f"{rates}, this is {8 * mine.shape.itemsize} over {wire}"
+    cluster = Cluster(known, scheme.ranks, scheme.per_node, network(_NIC), link)
+    passes = Rank(mine, cluster).passes()
+    basis = known.basis + (f"; {_NIC} Gbit/s between hosts assumed" if scheme.ranks > scheme.per_node else "")
+    return passes["forward"].seconds, passes["backward"].seconds, sum(one.exposed for one in passes.values()), basis

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import distflash
+from distflash.cost.traffic import Scheme, Shape
+from distflash.explanation import _predicted
+from distflash.parallel.mask import Mask
 from distflash.parallel.wire.local import LocalWire
 from distflash.testing import keep_mask, spmd
 
-S = 256
+S = 251  # nothing divides it: messages are padded
 
 
 def test_on_one_device_it_says_what_runs_and_that_nothing_is_sent():
@@ -50,7 +53,6 @@ def test_work_is_counted_exactly_and_adds_up_over_ranks():
 @pytest.mark.parametrize("window", [(-1, -1), (70, 0)])
 @pytest.mark.parametrize("ulysses, heads, kv_heads", [(1, 4, 2), (2, 4, 2), (2, 12, 6), (4, 8, 2), (4, 12, 12), (2, 6, 3)])
 def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, window, ulysses, heads, kv_heads, monkeypatch):
-    """Sizes are such that no tensor needs padding inside a message."""
     sent, where = Counter(), threading.local()
     exchange = LocalWire.exchange
 
@@ -89,6 +91,27 @@ def test_it_says_how_much_the_mask_keeps_and_which_steps_are_left_out():
     assert [one.busy_visits for one in found] == [1, 2, 3, 4, 4, 4, 4, 4]  # itself, two of the window, the sinks
     window = spmd(8, lambda group: work(group, causal=True, window_size=(7, 0)))
     assert [one.busy_visits for one in window] == [1, 2, 2, 2, 2, 2, 2, 2] and window[-1].forward_bytes == 0 < window[0].forward_bytes
+
+
+def test_it_predicts_time_where_it_knows_the_device_and_says_why_not_elsewhere(monkeypatch):
+    found = distflash.explain((1, 64, 4, 8), (1, 64, 4, 8), device="cpu")
+    assert (found.forward_seconds, found.backward_seconds, found.exposed_seconds) == (None, None, None)
+    assert "no prediction: rates of this cpu are not known" in str(found)
+    assert found.peak_bytes == 64 * 4 * (2 * 2 * 8 + 3 * 4 + 2 * 2 * 8)  # out and dq; lse, its copy and delta; dk and dv
+    assert "MiB above the inputs" in str(found)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    shape, mask = Shape(32, 8, 128, 128), Mask(None, 0, (0, 65536))
+    shares = [Scheme("zigzag", "ring", 1, 4, n) for n in (4, 2)]
+    mine = [scheme.share(scheme.spans((0, 65536), mask), mask, shape, 0) for scheme in shares]
+    forward, backward, exposed, basis = _predicted(mine[0], torch.device("cuda"), "p2p (nccl)")
+    ideal = 4 * 128 * 32 * 65536**2 / 2 / 4 / 677e12
+    assert ideal < forward < 1.2 * ideal and 2 * forward < backward < 4 * forward and 0 < exposed < 0.2 * backward
+    assert basis == "kernels measured on an H100, links on 4 H200"
+    assert "400 Gbit/s between hosts assumed" in _predicted(mine[1], torch.device("cuda"), "p2p (nccl)")[3]
+    assert _predicted(mine[0], torch.device("cuda"), "local")[0] is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 1")
+    assert "nothing is known of the device 'Abacus 1'" in _predicted(mine[0], torch.device("cuda"), "p2p (nccl)")[3]
 
 
 def test_what_the_call_would_refuse_it_refuses_too():

@@ -34,6 +34,7 @@ def _later(name: str, module: str, about: str) -> None:
 
 _later("train", "distflash.train.command", "Train a small language model with attention spread over the ranks.")
 _later("verify", "distflash.launch.verify", "Check this machine's results against exact attention.")
+_later("plan", "distflash.launch.plan", "Rank schemes for a model on a cluster by predicted time.")
 app.command("doctor")(doctor)
 app.command("run", context_settings={"allow_interspersed_args": False})(run)
 

@@ -1,6 +1,7 @@
 """`distflash doctor`: what this machine has, what distflash would use on it and why, and what to do about what is missing.
 
 examine    facts as plain data: versions, GPUs, links, MPI, packages, kernels
+_measure   rates as a device that `distflash plan` takes (measure.py)
 judge      facts -> (problems, advice); problems make the exit code 1
 _show      both as text
 """
@@ -33,8 +34,15 @@ PACKAGES = {  # distribution -> what it is for
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    measure: Annotated[
+        Path | None, typer.Option(help="Also measure rates, of links too if several ranks are started, and write them to this .json file.")
+    ] = None,
+) -> None:
     """Look at this machine: what is here, what would be used and why, what is missing."""
+    if measure is not None:
+        _measure(measure)
     facts = examine()
     problems, advice = judge(facts)
     if as_json:
@@ -42,6 +50,26 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts
     else:
         _show(facts, problems, advice)
     raise typer.Exit(1 if problems else 0)
+
+
+def _measure(path: Path) -> None:
+    """Write what this machine can do, for `distflash plan --device`. Only rank 0 goes on from here."""
+    import distflash
+    from distflash.launch.measure import measure
+
+    if path.suffix != ".json":
+        raise typer.BadParameter(f"--measure writes JSON, and `distflash plan --device` knows such files by their ending: {path}.json")
+    world = distflash.init()
+    device = measure(world)
+    if not world.is_main:
+        raise typer.Exit
+    path.write_text(device.to_json() + "\n")
+    typer.echo(
+        f"{device.name}: {device.matmul / 1e12:.3g} TFLOP/s, {device.hbm / 1e9:.3g} GB/s of memory"
+        + "".join(f", {link.bandwidth / 1e9:.3g} GB/s over {name}" for name, link in device.wires.items() if world.size > 1)
+        + f"; wrote {path}",
+        err=True,
+    )
 
 
 def examine() -> Facts:

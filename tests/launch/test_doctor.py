@@ -6,8 +6,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from distflash.launch import doctor
+import distflash
+from distflash.cost.devices import find
+from distflash.launch import doctor, measure
 from distflash.launch.cli import app
+from distflash.testing import spmd_processes
 
 HEALTHY = {
     "versions": {"torch": "2.13.0+cu130", "cuda": "13.0", "hip": None, "triton": "3.7.1", "nccl": "2.28.3", "cudnn": "91300"},
@@ -80,3 +83,28 @@ def test_text_and_json_tell_the_same_and_the_exit_code_is_the_verdict(monkeypatc
     for expected in ("2.13.0+cu130", "GPU 1", "not hopper: needs compute capability 9.0", "broken: several GPUs", "p2p over NCCL"):
         assert expected in text.stdout
     assert json.loads(cli.invoke(app, ["doctor", "--json"]).stdout)["problems"] == doctor.judge(changed(versions__nccl=None))[0]
+
+
+SMALL = measure.Sizes(64, 1 << 16, (64, 128), 2, (16,), (1 << 10, 1 << 16), repeats=2)
+
+
+def test_what_is_measured_is_a_device_that_plan_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "CPU", SMALL)
+    path = tmp_path / "here.json"
+    told = CliRunner().invoke(app, ["doctor", "--json", "--measure", str(path)])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["usable"] and f"wrote {path}" in " ".join(told.stderr.split())
+    device = find(str(path))
+    assert device.itemsize == 4 and device.matmul > 1e7 and device.hbm > 1e7 and device.memory > 1e8 and 0 < device.launch < 1e-2
+    for table in device.kernels.values():
+        assert table[16].flops > 1e6 and table[16].start >= 0
+    planned = CliRunner().invoke(app, ["plan", "--model", "gpt-2", "--seq", "4k", "--gpus", "2", "--device", str(path), "--json"])
+    assert planned.exit_code == 0 and json.loads(planned.stdout)["basis"].startswith("measured by distflash doctor")
+    assert "writes JSON" in CliRunner().invoke(app, ["doctor", "--measure", "here.txt"]).output
+
+
+def test_several_ranks_measure_the_links_between_them():
+    links = spmd_processes(2, lambda: measure.measure(distflash.init(), SMALL).wires["p2p"].points)
+    assert links[0] == links[1], "ranks agree on the slowest"
+    sizes, seconds = zip(*links[0], strict=True)
+    assert sizes == (0, 1 << 10, 1 << 16) and 0 < seconds[0] <= seconds[1] <= seconds[2]

@@ -1,0 +1,149 @@
+"""Predicted beside measured: seconds of attention, forward and backward, by scheme, and what choosing by prediction would cost.
+
+    distflash run -n 4 -m benchmarks.bench_model          P = 1, 2 and 4 in one run, each among the first P ranks
+
+Causal, bf16 on GPUs and fp32 on CPUs, one document. A time is the median over repeats of the slowest rank's. For each cell of length and
+heads, `regret` is how much longer the scheme takes that the model ranks first than the fastest one measured.
+Legend: S global tokens, H query heads, Hk key/value heads, D head dim, P ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+import distflash
+from benchmarks.record import RESULTS, write
+from distflash.cost.choose import Candidate, judge
+from distflash.cost.devices import Device, find, network
+from distflash.cost.time import Cluster
+from distflash.cost.traffic import PASSES, Scheme, Shape
+from distflash.parallel.mask import Mask
+
+LENGTHS = (16384, 32768, 65536, 131072)
+HEADS = ((32, 32), (32, 8))
+D = 128
+
+
+def schemes(ranks: int) -> Iterator[Scheme]:
+    """Ring, all-gather, Ulysses, and both together."""
+    yield Scheme("zigzag", "ring", 1, ranks, ranks)
+    if ranks > 1:
+        yield Scheme("zigzag", "all_gather", 1, ranks, ranks)
+        yield Scheme("zigzag", "ring", ranks, ranks, ranks)
+    if ranks > 2:
+        yield Scheme("zigzag", "ring", 2, ranks, ranks)
+
+
+def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape: Shape, repeats: int) -> dict[str, float]:
+    """Seconds by pass, of the slowest rank. A collective."""
+    options: dict[str, Any] = {"layout": scheme.layout, "order": scheme.order, "ulysses": scheme.ulysses}
+    sp = distflash.SequenceParallel(group, **options) if group is not None else distflash.SequenceParallel.single()
+    seq, device = sp.sequence(length), sp.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    q, k, v, dout = (torch.randn(1, seq.local_length, h, shape.head_dim, device=device, dtype=dtype) for h in heads)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def timed(run: Callable[[], object]) -> float:
+        if group is not None:
+            dist.barrier(group)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    found: dict[str, list[float]] = {pass_: [] for pass_ in PASSES}
+    for n in range(repeats + 2):  # the first two compile kernels and make tables
+        outs: list[torch.Tensor] = []
+        seconds = [
+            timed(lambda: outs.append(distflash.attention(q, k, v, seq, causal=True))),  # noqa: B023  run at once
+            timed(lambda: torch.autograd.grad(outs[0], leaves, dout)),  # noqa: B023
+        ]
+        slots = torch.zeros(sp.size, 2, dtype=torch.float64, device=device)
+        slots[sp.rank] = torch.tensor(seconds, dtype=torch.float64)
+        if n >= 2:
+            for pass_, slowest in zip(PASSES, sp.wire.all_reduce(slots).amax(0).tolist(), strict=True):
+                found[pass_].append(slowest)
+        else:
+            sp.wire.all_reduce(slots)
+    return {pass_: median(times) for pass_, times in found.items()}
+
+
+def predict(device: Device, scheme: Scheme, length: int, shape: Shape) -> Candidate:
+    """What `distflash plan` says of it; NICs are not used on one host."""
+    cu = (0, length)
+    return judge(
+        scheme, "p2p", cu, Mask(None, 0, cu), shape, Cluster(device, scheme.ranks, scheme.ranks, network(400)), ("layout", "order")
+    )
+
+
+def rows_of(
+    device: Device, group: dist.ProcessGroup | None, ranks: int, lengths: Sequence[int], heads: Sequence[tuple[int, int]], repeats: int
+) -> list[dict[str, Any]]:
+    """Every scheme of every cell. A collective."""
+    rows = []
+    for length in lengths:
+        for h, kv in heads:
+            shape = Shape(h, kv, D, D, itemsize=device.itemsize)
+            for scheme in schemes(ranks):
+                found, awaited = measure(group, scheme, length, shape, repeats), predict(device, scheme, length, shape)
+                about = {"ranks": ranks, "S": length, "H": h, "Hk": kv, "order": scheme.order, "ulysses": scheme.ulysses}
+                rows += [{**about, "pass": p, "seconds": found[p], "predicted": awaited.passes[p].seconds} for p in PASSES]
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Relative errors of the predictions, and the largest regret of a choice by prediction."""
+    errors = [abs(r["predicted"] / r["seconds"] - 1) for r in rows]
+    regrets = []
+    for _, cell in groupby(rows, key=lambda r: (r["ranks"], r["S"], r["H"], r["Hk"])):
+        both: dict[tuple[str, int], list[float]] = {}
+        for r in cell:
+            total = both.setdefault((r["order"], r["ulysses"]), [0.0, 0.0])
+            total[0], total[1] = total[0] + r["predicted"], total[1] + r["seconds"]
+        chosen = min(both.values())[1]  # by prediction
+        regrets.append(chosen / min(measured for _, measured in both.values()) - 1)
+    return {"median_error": median(errors), "worst_error": max(errors), "worst_regret": max(regrets)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="as `distflash plan --device` takes it; default: the one that is here")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    world = distflash.init()
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    device, rows = find(options.device or name), []
+    for ranks in (p for p in (1, 2, 4, 8) if p <= world.size):
+        group = dist.new_group(list(range(ranks))) if world.size > 1 else None
+        if world.rank < ranks:
+            rows += rows_of(device, group if ranks > 1 else None, ranks, LENGTHS, HEADS, options.repeats)
+        if world.size > 1:
+            dist.barrier()
+    if world.is_main:
+        table = Table("P", "S", "H", "order", "ulysses", "pass", "measured ms", "predicted ms", "error")
+        for r in rows:
+            cells = f"{1e3 * r['seconds']:.2f}", f"{1e3 * r['predicted']:.2f}", f"{r['predicted'] / r['seconds'] - 1:+.0%}"
+            table.add_row(str(r["ranks"]), str(r["S"]), f"{r['H']}/{r['Hk']}", r["order"], str(r["ulysses"]), r["pass"], *cells)
+        found = summary(rows)
+        Console(width=120).print(table, found)
+        write(f"model_{world.size}x{device.name.lower()}", rows, options.out, basis=device.basis, **found)
+
+
+if __name__ == "__main__":
+    main()

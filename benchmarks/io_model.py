@@ -1,0 +1,158 @@
+"""The tables of docs/io-model.md: `python -m benchmarks.io_model`. All follow from distflash/cost and benchmarks/results.
+
+Legend: N tokens, d head dim, M on-chip memory in elements, P ranks, T = N / P tokens a rank, g = H / Hk query heads a key/value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bench_kernel import documents
+from benchmarks.figures import MARK, ROOT, load, table
+from distflash.cost import hbm
+from distflash.cost.devices import DEVICES, Device, Link, network
+from distflash.cost.hbm import Blocks
+from distflash.cost.time import compute_seconds
+from distflash.cost.traffic import PASSES, Shape, steps
+from distflash.parallel.mask import Mask, packed
+from distflash.parallel.plan import alone
+
+PAGE = "docs/io-model.md"
+
+
+def hbm_bytes() -> str:
+    """MB a head of standard attention and of the tiled loops, by the block of queries."""
+    n, rows = 8192, []
+    for d in (64, 128):
+        tiles, one = packed((0, n), (0, n), Mask()), Shape(1, 1, d, d)
+        rows.append([str(d), "standard", "", f"{2 * hbm.standard(n, n, d) / 1e6:.0f}", ""])
+        for m in (16 << 10, 32 << 10, 64 << 10, 128 << 10):
+            blocks = hbm.largest(m, d, keys=m // (4 * d))
+            found, bound = hbm.forward(tiles, one, blocks) / 1e6, lower_bound(n, d, m) * 2e-6
+            rows.append([str(d), f"tiled, M = {m // 1024} Ki", str(blocks.queries), f"{found:.1f}", f"{bound:.1f}" if m >= d * d else ""])
+        h100 = DEVICES["h100"]
+        wave = Blocks(h100.processors * 128, 128)
+        found = hbm.forward(tiles, one, wave) / 1e6
+        rows.append([str(d), f"tiled, {h100.processors} programs abreast", f"{wave.queries:,}", f"{found:.1f}", ""])
+    return table(("d", "N = 8192, 16 bit", "queries a block", "MB a head, forward", "lower bound, MB"), rows)
+
+
+def lower_bound(n: int, d: int, m: int) -> float:
+    """Elements that any schedule of the two matmuls moves, for d² <= m: docs/io-model.md, 1.3."""
+    return n * n * d * d / (3 * m) - m
+
+
+def threshold(device: Device, link: Link, shape: Shape, pass_: str, causal: bool) -> int | None:
+    """The fewest tokens a GPU (in steps of 128) from which on a hop takes no longer than the kernel beside it; None beyond 1M.
+
+    Causal: half of a zigzag's pairs are kept. In the backward dK and dV travel too.
+    """
+    hidden = None
+    for tokens in (t for k in range(7, 21) for t in range(1 << k, 2 << k, max(128, 1 << k - 4))):
+        keys = tokens // 2 if causal else tokens
+        step = steps(alone(packed((0, tokens), (0, keys), Mask())), shape)[0]
+        hop = link.seconds(shape.message(tokens, shape.itemsize))
+        hop += link.seconds(shape.message(tokens, shape.wide)) if pass_ == "backward" else 0.0
+        if hop > compute_seconds(step, shape, device, pass_, False, False):
+            hidden = None
+        elif hidden is None:
+            hidden = tokens
+    return hidden
+
+
+def thresholds() -> str:
+    """Tokens a GPU that hide a hop."""
+    rows = []
+    for name in ("a100", "h100", "h200", "b200", "mi300x"):
+        device = DEVICES[name]
+        for wire, link in (*device.wires.items(), ("network, 400 Gbit/s", network(400))):
+            cells = [
+                "over 1M" if (found := threshold(device, link, Shape(32, kv, 128, 128), pass_, True)) is None else f"{found:,}"
+                for kv in (32, 8)
+                for pass_ in PASSES
+            ]
+            rows.append([device.name, wire, *cells])
+    return table(("device", "link", "32/32 forward", "32/32 backward", "32/8 forward", "32/8 backward"), rows)
+
+
+def grids(ranks: int, group: int) -> Iterator[tuple[int, float]]:
+    """(Pk, what a rank receives and sends on in units of 2 T d Hk): Pq x Pk ranks, queries and out move in groups of Pk, keys of Pq."""
+    for k in (k for k in range(1, ranks + 1) if ranks % k == 0):
+        yield k, group * (k - 1) + (ranks // k - 1)
+
+
+def movement() -> str:
+    """What a ring moves beside the best grid."""
+    rows = []
+    for group in (1, 4, 8):
+        for ranks in (2, 4, 8, 16, 32, 64, 256):
+            k, best = min(grids(ranks, group), key=lambda found: found[1])
+            shape = f"{ranks // k} x {k}"
+            where = "P <= 2g" if ranks <= 2 * group else "P <= 4g" if ranks <= 4 * group else ""
+            rows.append([str(group), str(ranks), str(ranks - 1), shape, f"{best:.0f}", f"{(ranks - 1) / best:.2f}", where])
+    return table(("g", "P", "ring", "best grid Pq x Pk", "its volume", "ring over best", ""), rows)
+
+
+def head_sharing() -> str:
+    """What a ring moves beside Ulysses, forward."""
+    rows = [[str(ranks), *(f"{ranks / (1 + group):.2f}" for group in (1, 4, 8))] for ranks in (2, 4, 8, 16, 32)]
+    return table(("P", "g = 1", "g = 4", "g = 8"), rows)
+
+
+def fit(rows: list[dict[str, Any]], head_dim: int, pass_: str) -> tuple[float, float, float]:
+    """(FLOP/s of long rows, tiles an item costs besides its own, worst relative error) of the kernels that were measured."""
+    cells = [r for r in rows if (r["part"], r["pass"], r["kernel"]) == (f"d{head_dim}", pass_, "distflash")]
+    work, seconds = [], []
+    for r in cells:
+        pairs, flops = r["S"] ** 2 / (2 if r["causal"] else 1), Shape(r["H"], r["Hk"], r["D"], r["D"], 32768 // r["S"]).flops(pass_)
+        seconds.append(flops * pairs / (r["tflops"] * 1e12))
+        work.append([flops * pairs, flops * r["S"] * 128])
+    matrix, ones = np.array(work) / np.array(seconds)[:, None], np.ones(len(cells))
+    a, b = np.linalg.lstsq(matrix, ones, rcond=None)[0]
+    return 1 / a, b / a, float(np.abs(matrix @ (a, b) - 1).max())
+
+
+def packed_documents() -> dict[str, tuple[float, float]]:
+    """By pass: TFLOP/s predicted and measured for documents of random lengths, which no number here is fitted to."""
+    cu, shape = documents(), Shape(16, 16, 128, 128)
+    step = steps(alone(packed(cu, cu, Mask(None, 0))), shape)[0]
+    found = [r for r in load("kernels_h100_80gb_hbm3")["rows"] if (r["part"], r["kernel"]) == ("ragged", "distflash")]
+    seconds = {pass_: compute_seconds(step, shape, DEVICES["h100"], pass_, True, True) for pass_ in PASSES}
+    return {r["pass"]: (shape.flops(r["pass"]) * step.pairs / seconds[r["pass"]] / 1e12, r["tflops"]) for r in found}
+
+
+def rates() -> str:
+    """The two numbers of each kernel, and what they say of a problem they are not fitted to."""
+    found = load("kernels_h100_80gb_hbm3")["rows"]
+    rows = []
+    for pass_ in PASSES:
+        for d in (64, 128, 256):
+            flops, start, error = fit(found, d, pass_)
+            rows.append([pass_, str(d), f"{flops / 1e12:.0f}", f"{start:.1f}", f"{error:.1%}"])
+    known = (f"{pass_} {predicted:.0f} predicted, {measured:.0f} measured" for pass_, (predicted, measured) in packed_documents().items())
+    return (
+        table(("pass", "D", "TFLOP/s of long rows", "tiles an item", "worst error of 10 cells"), rows)
+        + f"\nNot fitted: 64 packed documents of random lengths, D = 128, TFLOP/s: {'; '.join(known)}.\n"
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "io_hbm": hbm_bytes, "io_thresholds": thresholds, "io_movement": movement, "io_ulysses": head_sharing, "io_rates": rates,
+}  # fmt: skip
+
+
+def rendered(text: str) -> str:
+    """The page with every marked place filled."""
+    return MARK.sub(lambda found: found[1] + FIGURES[found[2]]() + found[3], text)
+
+
+def main() -> None:
+    path = ROOT / PAGE
+    path.write_text(rendered(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

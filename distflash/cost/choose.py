@@ -1,0 +1,114 @@
+"""Which layout, order, Ulysses degree and wire are fastest for a sequence on a cluster: the same answer on every rank.
+
+Nothing but the arguments is looked at, and nothing but +, -, *, / and comparisons of Python floats done with them, so that ranks that
+call `choose` alike get equal rankings. Schemes of equal seconds are ranked by memory, then in the order of `LAYOUTS`, `ORDERS`, the
+Ulysses degree and `WIRES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from distflash.cost.even import NoClosedForm, even
+from distflash.cost.memory import peak
+from distflash.cost.time import Cluster, Pass, Rank
+from distflash.cost.traffic import PASSES, Scheme, Shape, Share
+from distflash.parallel.layout import LAYOUTS
+from distflash.parallel.mask import AnyMask
+from distflash.parallel.plan import ORDERS
+
+WIRES = ("p2p", "symmetric")
+_LOOKED_AT = 4  # ranks of a ring whose plans are made, spread evenly: all of a small one
+_PLANNED = 64  # ranks of the largest ring whose plans are made as `SequenceParallel` makes them
+_WORTH = 0.02  # how much shorter a step must be for the reason to name what was saved
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme over a wire, and what it costs a layer; or why it is refused."""
+
+    scheme: Scheme
+    wire: str
+    passes: dict[str, Pass]
+    memory: int  # bytes of attention above its inputs, at the peak
+    refused: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.passes.values())
+
+    @property
+    def exposed(self) -> float:
+        return sum(one.exposed for one in self.passes.values())
+
+    @property
+    def reason(self) -> str:
+        """What bounds it, in words."""
+        if self.refused:
+            return self.refused
+        if self.exposed < _WORTH * self.seconds:
+            return "communication is hidden behind the kernels"
+        tiers = {name: sum(one.tiers[name] for one in self.passes.values()) for name in self.passes["forward"].tiers}
+        share = f"{self.exposed / self.seconds:.0%} exposed"
+        slowest = max(("links", "network"), key=lambda name: tiers[name])
+        if tiers[slowest] > tiers["matmul"]:
+            return f"bound by the {slowest}: {share}"
+        parts = ["all-to-all"] * (self.scheme.ulysses > 1) + ["hops, and their drag on kernels"] * (self.scheme.ring > 1)
+        return f"{share}: {', '.join(parts)}"
+
+
+def candidates(cluster: Cluster, wires: Sequence[str] = ("p2p",)) -> Iterator[tuple[Scheme, str]]:
+    """Every scheme over every wire, in the order that breaks ties."""
+    degrees = [u for u in range(1, cluster.ranks + 1) if cluster.ranks % u == 0]
+    for layout in LAYOUTS:
+        for order in ORDERS:
+            for ulysses in degrees:
+                for wire in wires:
+                    yield Scheme(layout, order, ulysses, cluster.ranks, cluster.per_node), wire
+
+
+def judge(
+    scheme: Scheme, wire: str, cu: tuple[int, ...], mask: AnyMask, shape: Shape, cluster: Cluster, asked: Collection[str] = ()
+) -> Candidate:
+    """One scheme's cost: of each pass, the slowest of the ranks that are looked at. `asked`: what of it was asked for by name."""
+    cluster = replace(cluster, wire=wire)
+    if refused := scheme.refusal(shape) or cluster.refusal() or _idle(scheme, asked):
+        return Candidate(scheme, wire, {}, 0, refused)
+    spans, found = scheme.spans(cu, mask), []
+    ring = sorted({n * (scheme.ring - 1) // max(1, min(scheme.ring, _LOOKED_AT) - 1) for n in range(min(scheme.ring, _LOOKED_AT))})
+    try:
+        for ring_rank in ring:
+            visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
+            share = Share(scheme, spans, shape, ring_rank * scheme.ulysses, visits)
+            found.append((Rank(share, cluster).passes(), max(peak(share).values())))
+    except NoClosedForm as error:
+        return Candidate(scheme, wire, {}, 0, f"rings of more than {_PLANNED} ranks are ranked in closed form only: {error}")
+    slowest = {name: max((passes[name] for passes, _ in found), key=lambda one: one.seconds) for name in PASSES}
+    return Candidate(scheme, wire, slowest, max(memory for _, memory in found))
+
+
+def choose(
+    cu: tuple[int, ...], mask: AnyMask, shape: Shape, cluster: Cluster, wires: Sequence[str] = ("p2p",), **fixed: str | int
+) -> list[Candidate]:
+    """All candidates, the fastest first, refused ones last. `fixed` holds what is not "auto": layout, order, ulysses.
+
+    Raises ValueError if the library refuses all that are left.
+    """
+    left = [(s, w) for s, w in candidates(cluster, wires) if all(getattr(s, name) == value for name, value in fixed.items())]
+    judged = [judge(scheme, wire, cu, mask, shape, cluster, fixed) for scheme, wire in left]
+    served = sorted((c for c in judged if c.refused is None), key=lambda c: (c.seconds, c.memory))  # stable: ties stay as they came
+    if not served:
+        raise ValueError(f"no scheme of {fixed or 'any kind'} serves this: {judged[0].refused if judged else 'there is none'}")
+    return served + [c for c in judged if c.refused]
+
+
+def _idle(scheme: Scheme, asked: Collection[str]) -> str | None:
+    """Why it is another scheme under a second name, unless that was asked for."""
+    if scheme.order == "double_ring" and scheme.ring_per_node in (1, scheme.ring) and "order" not in asked:
+        return "double_ring is a ring here: it has one rank on each host, or one host"
+    if scheme.ring == 1 and scheme.layout != "contiguous" and "layout" not in asked:
+        return "with one rank of a ring every layout is contiguous"
+    if scheme.ring == 1 and scheme.order != "ring" and "order" not in asked:
+        return "with one rank of a ring there is no order"
+    return None

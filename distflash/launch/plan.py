@@ -1,0 +1,180 @@
+"""`distflash plan`: which scheme would be fastest for a model's attention on a cluster, before there is one.
+
+plan        options -> a ranking by `distflash.cost.choose`, as a table or JSON, and a picture of the best one's schedule
+size        "128k", "1M" -> tokens
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distflash.cost.choose import Candidate
+    from distflash.cost.models import Model
+    from distflash.cost.time import Cluster
+    from distflash.parallel.mask import Mask
+
+MATMUL_SHARE = 0.7  # of the peak that a model's matmuls reach; an 8192³ product in bf16 measured 776 of 989 TFLOP/s on an H100
+RECOMPUTED = 4 / 3  # checkpointed layers run their matmuls' forward again, attention's results are kept
+
+
+def size(text: str) -> int:
+    """Tokens: 4096, 128k, 1M; k is 1024. Raises typer.BadParameter."""
+    if not (found := re.fullmatch(r"(\d+)([kKmM]?)", text.strip())):
+        raise typer.BadParameter(f"{text!r} is no number of tokens: write it as 131072, 128k or 1M")
+    return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()]
+
+
+def gigabits(text: str) -> float:
+    """The rate of a NIC: 400Gb, 400. Raises typer.BadParameter."""
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb|gbit|gbps|gb/s|gbit/s)?", text.strip().lower())) or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is no rate of a NIC: write it as 400Gb (bits a second)")
+    return float(found[1])
+
+
+def borders(text: str | None, length: int) -> tuple[int, ...]:
+    """Document borders: None is one; "64" is as many of equal length; "8k,8k,16k" are lengths. Raises typer.BadParameter."""
+    if text is None:
+        return 0, length
+    if "," not in text:
+        count = size(text)
+        if not 1 <= count <= length:
+            raise typer.BadParameter(f"{count} documents do not fit into {length} tokens")
+        return tuple(n * length // count for n in range(count + 1))
+    cu = (0, *accumulate(size(word) for word in text.split(",")))
+    if cu[-1] != length:
+        raise typer.BadParameter(f"the documents {text!r} hold {cu[-1]} tokens, --seq {length}: they must be equal")
+    return cu
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Its heads and layers: llama-3-8b, gpt-2, ... (an unknown one lists all).")] = "llama-3-8b",
+    seq: Annotated[str, typer.Option(help="Tokens of a sequence: 131072, 128k, 1M.")] = "128k",
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks that share a sequence.")] = 8,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a host.")] = 8,
+    nic: Annotated[str, typer.Option(help="Rate of each GPU's NIC.")] = "400Gb",
+    device: Annotated[str, typer.Option(help="a100, h100, h200, b200, mi300x, cpu, or a file of `distflash doctor --measure`.")] = "h200",
+    causal: Annotated[bool, typer.Option("--causal/--full", help="What a query sees.")] = True,
+    window: Annotated[int | None, typer.Option(min=0, help="Keys before its own that a query sees.", show_default=False)] = None,
+    documents: Annotated[str | None, typer.Option(help="How many of equal length, or lengths: 8k,8k,16k.", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    layout: Annotated[str, typer.Option(help="This layout alone.")] = "auto",
+    order: Annotated[str, typer.Option(help="This order alone.")] = "auto",
+    ulysses: Annotated[str, typer.Option(help="This degree alone.")] = "auto",
+    wire: Annotated[str, typer.Option(help="p2p, symmetric, or auto for the better one.")] = "p2p",
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 10,
+    picture: Annotated[Path | None, typer.Option(help="Write the best one's schedule, rank x time, as PNG.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all candidates as JSON.")] = False,
+) -> None:
+    """Rank every layout, order, Ulysses degree and wire by predicted time. Nothing runs: figures come from docs/io-model.md's model."""
+    from distflash.cost.choose import WIRES, choose
+    from distflash.cost.devices import find, network
+    from distflash.cost.models import MODELS
+    from distflash.cost.time import Cluster
+    from distflash.parallel.layout import LAYOUTS
+    from distflash.parallel.mask import Mask
+    from distflash.parallel.plan import ORDERS
+
+    for name, value, known in (("--model", model, MODELS), ("--layout", layout, ("auto", *LAYOUTS)), ("--order", order, ("auto", *ORDERS))):
+        if value not in known:
+            raise typer.BadParameter(f"{name} {value!r} is not known: use one of {', '.join(known)}")
+    if wire not in ("auto", *WIRES) or not (ulysses == "auto" or ulysses.isdecimal()):
+        raise typer.BadParameter(f"--wire is one of auto, {', '.join(WIRES)}, --ulysses auto or a number, got {wire!r} and {ulysses!r}")
+    cu = borders(documents, size(seq))
+    mask = Mask(window, 0 if causal else window, cu)
+    fixed: dict[str, str | int] = {k: v for k, v in (("layout", layout), ("order", order)) if v != "auto"}
+    fixed |= {} if ulysses == "auto" else {"ulysses": int(ulysses)}
+    try:
+        found_device = find(device)
+        cluster, chosen = Cluster(found_device, gpus, min(per_node, gpus), network(gigabits(nic))), MODELS[model]
+        shape = chosen.shape(batch, found_device.itemsize)
+        ranked = choose(cu, mask, shape, cluster, WIRES if wire == "auto" else (wire,), **fixed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    rows = [_row(candidate, chosen, cluster, cu[-1] * batch) for candidate in ranked if candidate.refused is None]
+    refused = Counter(candidate.refused for candidate in ranked if candidate.refused)
+    if as_json:
+        print(json.dumps({"device": found_device.name, "basis": found_device.basis, "ranking": rows, "refused": refused}, indent=1))
+    else:
+        seen = "causal" if causal else "full"
+        title = f"{model}, {cu[-1]:,} tokens in {len(cu) - 1} documents, {seen}, {gpus} x {found_device.name}, {cluster.per_node} a host"
+        _show(rows[:top], refused, title.replace(" in 1 documents", ""), found_device.basis)
+    if picture is not None:
+        _draw(ranked[0], cu, mask, cluster, shape, picture)
+
+
+def _row(candidate: Candidate, model: Model, cluster: Cluster, tokens: int) -> dict[str, Any]:
+    """One candidate: seconds of a layer's attention and of a step of the model, bytes a GPU, and why."""
+    local = -(-tokens // cluster.ranks)
+    matmuls = RECOMPUTED * model.matmul_flops(tokens) / cluster.ranks / (MATMUL_SHARE * cluster.device.matmul)
+    held = candidate.memory + model.state(cluster.ranks) + model.activations(local)
+    room = held <= cluster.device.memory
+    full = f"; {held / 1e9:.0f} GB do not fit into {cluster.device.memory / 1e9:.0f}"
+    return {
+        "layout": candidate.scheme.layout, "order": candidate.scheme.order, "ulysses": candidate.scheme.ulysses, "wire": candidate.wire,
+        "forward": candidate.passes["forward"].seconds, "backward": candidate.passes["backward"].seconds, "exposed": candidate.exposed,
+        "step": model.layers * candidate.seconds + matmuls, "attention_bytes": candidate.memory, "bytes": held, "fits": room,
+        "reason": candidate.reason + ("" if room else full),
+    }  # fmt: skip
+
+
+def _show(rows: list[dict[str, Any]], refused: Counter[str], title: str, basis: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table(title=title, title_justify="left")
+    for head in ("layout", "order", "ulysses", "wire", "forward ms", "backward ms", "exposed ms", "step s", "GB a GPU", "why"):
+        table.add_column(head, justify="left" if head in ("layout", "order", "wire", "why") else "right")
+    for r in rows:
+        times = (f"{1e3 * r[name]:.2f}" for name in ("forward", "backward", "exposed"))
+        cells = (r["layout"], r["order"], str(r["ulysses"]), r["wire"], *times, f"{r['step']:.2f}", f"{r['bytes'] / 1e9:.1f}", r["reason"])
+        table.add_row(*cells, style=None if r["fits"] else "dim")
+    console.print(table)
+    console.print(
+        "forward, backward, exposed: attention of one layer; step: both passes of the model, without the traffic of its parameters"
+    )
+    console.print(Text(f"basis: {basis}"))
+    for reason, count in refused.most_common():
+        console.print(Text(f"left out: {count} x {reason}"))
+
+
+def _draw(best: Candidate, cu: tuple[int, ...], mask: Mask, cluster: Cluster, shape: Any, path: Path) -> None:
+    """The schedule of the best one, forward above backward: what each rank of a ring computes and sends when."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise typer.BadParameter("--picture needs matplotlib: pip install 'distflash[train]'") from None
+    from dataclasses import replace
+
+    from distflash.cost.simulate import KINDS, simulate
+    from distflash.cost.time import Rank
+    from distflash.cost.traffic import PASSES
+
+    scheme, cluster = best.scheme, replace(cluster, wire=best.wire)
+    spans = scheme.spans(cu, mask)
+    ranks = [Rank(scheme.share(spans, mask, shape, n * scheme.ulysses), cluster) for n in range(scheme.ring)]
+    figure = Figure(figsize=(12, 3.5 + 0.35 * scheme.ring), layout="constrained")
+    panels = figure.subplots(2, 1)
+    for axes, pass_ in zip(panels, PASSES, strict=True):
+        found = simulate(ranks, pass_)
+        for kind, colour, low in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), (0.0, -0.4, -0.4), strict=True):
+            for rank in range(scheme.ring):
+                bars = [(1e3 * start, 1e3 * (end - start)) for who, what, start, end in found.events if (who, what) == (rank, kind)]
+                label = kind if rank == 0 else None
+                axes.broken_barh(bars, (rank + low, 0.38), color=colour, edgecolor="white", linewidth=0.3, label=label)
+        axes.set(title=f"{pass_}: {1e3 * found.seconds:.2f} ms, kernels run {found.efficiency:.0%} of it", xlabel="ms")
+        axes.set(xlim=(0, 1e3 * found.seconds), ylim=(-0.6, scheme.ring - 0.4), ylabel="rank of the ring")
+        axes.set(yticks=range(0, scheme.ring, max(1, scheme.ring // 16)))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
+    figure.suptitle(f"{scheme.layout}, {scheme.order}, ulysses {scheme.ulysses}, {best.wire}: simulated")
+    figure.savefig(path, dpi=120)
+    typer.echo(f"wrote {path}", err=True)
