@@ -1,5 +1,6 @@
 # make test     everything that needs no GPU: static checks, kernels compiled for GPUs without one, the CPU tests
 # make test-gpu the tests that need a GPU
+# make mutants  every seeded bug must make a test fail; make test tries some. ARGS="--record benchmarks/results/mutants.json" writes it down
 #
 # Everything runs in .venv, made on first use. An environment that has all it needs already: make test-gpu PYTHON=python3
 
@@ -20,16 +21,18 @@ READY :=
 LEAN  :=
 endif
 
-.PHONY: venv train test check bench test-gpu compile-check
+.PHONY: venv train test check bench test-gpu mutants compile-check
 .NOTPARALLEL:
 
 venv: $(READY)
 
-# .train holds what training needs, .dev the tools besides; without a GPU a torch build that needs none
+# .train holds what training needs, .dev the tools besides; without a GPU a torch build that needs none, named first: or pip
+# downloads the newest torch before it reads on
+CPU_PAIR := $(shell sed -n 's/^cpu = //p' pyproject.toml | grep -o '[a-z]\+==[0-9.]\+')
 .venv/.%: pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
-	if test -e /dev/nvidia0; then extras=$*; else extras=cpu,$*; fi; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$extras]"
+	if test -e /dev/nvidia0; then wanted=".[$*]"; else wanted=".[cpu,$*] $(CPU_PAIR)"; fi; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e $$wanted
 	touch $@
 
 train: $(LEAN)
@@ -40,6 +43,9 @@ test: check compile-check
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu $(ARGS)
+
+mutants: $(READY)
+	$(PY) tests/mutants.py $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

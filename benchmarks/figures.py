@@ -16,7 +16,7 @@ from benchmarks import kernel_table
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/reliability.md")
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -96,7 +96,86 @@ def _training(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-FIGURES: dict[str, Callable[[], str]] = {"portable": portable, "hopper": hopper, "hopper_all": hopper_all, "memory": memory, "train": train}
+def faults() -> str:
+    """Ranks that were killed and stopped: who was told, and when."""
+    result = load("faults")
+    rows = [
+        [
+            r["fault"],
+            f"{r['told']} of {r['count'] - r['early']}",
+            str(r["early"]),
+            f"{r['named_median']:.2f}, {r['named_max']:.2f}",
+            f"{r['gone_median']:.2f}, {r['gone_max']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    head = (
+        "fault",
+        "named by every other rank",
+        "jobs that ended before",
+        "seconds until the last had named it, median and worst",
+        "until every process had ended",
+    )
+    r = result["rows"][0]
+    about = f"\n{r['ranks']} ranks, a limit of {r['limit']:g} s; {result['cores']} cores, load average {result['load']:g}"
+    return table(head, rows) + f"{about}, torch {result['versions']['torch']}, gloo.\n"
+
+
+def vigilance() -> str:
+    """What agreement and heartbeats cost."""
+    cost = load("faults")["cost"]
+    rows = [
+        ["a call of a kind that was agreed on", f"{cost['known_us']:.1f} us"],
+        ["a call that is compared, two ranks of one host", f"{cost['compared_ms']:.2f} ms"],
+        ["longest silence of another thread while Triton compiles a kernel", f"{cost['silence_s']:.2f} s"],
+    ]
+    return table(("", "on the machine above"), rows)
+
+
+def fuzz() -> str:
+    """Random problems: how many, and what came of them."""
+    rows: dict[tuple, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("fuzz_*.json")):
+        for run in load(path.stem)["runs"]:
+            how = f"{run['processes']} processes" if run["processes"] > 1 else "threads"
+            commit, _, dirty = (run["commit"] or "unknown").partition("-")
+            place = run["device"], how, f"{commit[:8]}{' with changes' if dirty else ''}", run["versions"]["torch"]
+            rows.setdefault(place, []).append(run)
+    shown = [
+        [device, how, f"{sum(r['cases'] for r in runs):,}", f"{sum(r['equal'] for r in runs):,}", f"{_refused(runs):,}",
+         f"{sum(len(r['mismatches']) for r in runs):,}", f"{sum(r['seconds'] for r in runs) / 3600:.1f}", commit, torch]
+        for (device, how, commit, torch), runs in rows.items()
+    ]  # fmt: skip
+    reasons = sorted({reason for runs in rows.values() for r in runs for reason in r["refused"]})
+    head = ("device", "ranks are", "cases", "equal to the oracle", "refused", "mismatches", "hours", "commit", "torch")
+    return table(head, shown) + f"\nRefused, as they must be, with: {'; '.join(reasons)}.\n"
+
+
+def _refused(runs: Sequence[dict[str, Any]]) -> int:
+    return sum(sum(run["refused"].values()) for run in runs)
+
+
+def mutants() -> str:
+    """Seeded bugs, by the file they are in."""
+    result = load("mutants")
+    found: dict[str, list[bool]] = {}
+    for r in result["rows"]:
+        found.setdefault(r["file"], []).append(r["verdict"].startswith("killed"))
+    rows = [[file, str(len(killed)), str(sum(killed))] for file, killed in sorted(found.items())]
+    return table(("file", "seeded bugs", "killed"), [*rows, ["together", str(result["of"]), str(result["killed"])]])
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "portable": portable,
+    "hopper": hopper,
+    "hopper_all": hopper_all,
+    "memory": memory,
+    "train": train,
+    "faults": faults,
+    "vigilance": vigilance,
+    "fuzz": fuzz,
+    "mutants": mutants,
+}
 
 
 def rendered(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Seeded bugs: each must be caught by the test that is named with it. `python tests/mutants.py [name ...]` runs all or some.
+"""Seeded bugs: each must be caught by the test that is named with it. `make mutants` runs all, `python tests/mutants.py NAME ...` some.
+
+`--record FILE` writes what came of it as JSON.
 
 A mutant replaces one piece of text, which must occur exactly once in its file, in a copy of the package, and runs the named tests
 there. It is killed if they fail; tests that cannot be collected or are not found are an error of the record, not a kill. First the
@@ -10,13 +12,17 @@ one that a test answers at once (a rank that waits for a message that never come
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60.0  # seconds a mutant's tests may take; a hang is a kill, but a slow one
@@ -56,7 +62,7 @@ MUTANTS = {
     "document borders are off by one": Mutant(
         "parallel/mask.py", "for token in (start, stop))", "for token in (start, stop + 1))", f"{COVERAGE}[zigzag-2]"),
     "documents are forgotten": Mutant(
-        "validate.py", "Mask(left, right, cu_q)", "Mask(left, right)", RING),
+        "validate.py", "Mask(*window(causal, window_size), cu_q)", "Mask(*window(causal, window_size))", RING),
     "the window is one token too wide": Mutant(
         "parallel/mask.py", "(shift + hi) // step", "(shift + hi + 1) // step", f"{COVERAGE}[contiguous-1]"),
     "the left side of the window is dropped": Mutant(
@@ -92,7 +98,9 @@ MUTANTS = {
         "parallel/slices.py", "(kv.start - widest, 0)", "(kv.start, 0)",
         "parallel/test_slices.py::test_slices_are_refused_if_and_only_if_two_of_them_keep_one_pair"),
     "the mask of a call is dropped": Mutant(
-        "validate.py", "    _check_slices(mask, cu_q, cu_k)\n    return mask", "    return Mask(left, right, cu_q)", RING),
+        "validate.py", "    _check_slices(mask, cu_q, cu_k)\n    return mask",
+        "    return Mask(*window(causal, window_size), cu_q)",
+        "parallel/test_slices.py::test_documents_and_slices_inside_them_go_together"),
     "balanced counts tokens for work": Mutant(
         "parallel/layout.py", "+= kept(run)", "+= len(run.span)",
         "parallel/test_sequence.py::test_balanced_shares_out_the_work_of_the_mask_it_is_given"),
@@ -104,6 +112,9 @@ MUTANTS = {
     "a sink joins lse and not the output": Mutant(
         "parallel/merge.py", "out.to(lse.dtype) * share", "out.to(lse.dtype) * torch.ones_like(share)",
         "test_sinks.py::test_large_sinks_neither_overflow_nor_lose_their_gradient"),
+    "the gradient of a sink is what is left of 1 - share": Mutant(
+        "parallel/merge.py", "torch.exp(torch.nn.functional.logsigmoid(finite - sink))", "torch.sigmoid(finite - sink)",
+        "test_sinks.py::test_the_gradient_of_a_small_sink_keeps_its_digits"),
     "a row without a key forgets its sink": Mutant(
         "parallel/merge.py", "torch.logaddexp(finite, sink), sink)", "torch.logaddexp(finite, sink), lse)",
         "test_sinks.py::test_a_row_that_sees_no_key_sees_its_sink_alone"),
@@ -164,7 +175,7 @@ MUTANTS = {
         "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
     # agreement
     "ranks do not compare whether gradients will follow": Mutant(
-        "api.py", "gradients=needs_gradients(q, k, v)", "gradients=True", f"{AGREE}[gradients]"),
+        "preparation.py", '["gradients"] = needs_gradients(q, k, v)', '["gradients"] = True', f"{AGREE}[gradients]"),
     "a rank compares its note with one other only": Mutant(
         "parallel/agreement.py", "said.get(name) for said in notes})", "said.get(name) for said in notes[:2]})",
         "parallel/test_agreement.py::test_what_differs_is_named_and_nothing_else"),
@@ -200,6 +211,9 @@ MUTANTS = {
     "the running dq is overwritten": Mutant(
         "kernels/eager.py", "contiguous_format) if dq is None else dq", "contiguous_format)",
         "kernels/test_eager.py::test_running_results_are_merged_and_running_gradients_added"),
+    "rows with gaps between their elements are read as if they had none": Mutant(
+        "kernels/eager.py", "x if x.stride(-1) == 1 else x.contiguous()", "x",
+        "kernels/test_eager.py::test_rows_with_gaps_between_their_elements_are_read_as_they_are[full-dtype0]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(
         "parallel/autograd.py", "positions.keys(owner, device)", "positions.keys(self.wire.rank, device)", f"{VARIANTS}[zigzag-ring-2]"),
@@ -219,8 +233,9 @@ MUTANTS = {
     "what is kept does not grow by 1 / (1 - p)": Mutant(
         "kernels/scores.py", ".to(s.dtype) / (1 - scores.dropout.p)", ".to(s.dtype)", f"{VARIANT}[dropout-eager]"),
     "the backward drops others than the forward": Mutant(
-        "parallel/autograd.py", "scheme.handle, slopes, seed)\n    return *grads",
-        "scheme.handle, slopes, None if seed is None else seed + 1)\n    return *grads", f"{VARIANT}[dropout-eager]"),
+        "parallel/autograd.py", "ctx.kv_heads, slopes, seed, after)",
+        "ctx.kv_heads, slopes, None if seed is None else seed + 1, after)",
+        f"{VARIANT}[dropout-eager]"),
     "the derivative of softcap is missing": Mutant(
         "kernels/eager.py", "ds.mul_(derivative)", "pass", f"{VARIANT}[softcap-eager]"),
     "dropout in the denominator too": Mutant(
@@ -236,12 +251,12 @@ MUTANTS = {
         "test_variants.py::test_a_checkpointed_layer_drops_the_same_again[True-reentrant]"),
     # the call
     "the window is dropped at the door": Mutant(
-        "validate.py", "left, right = window(causal, window_size)", "left, right = window(causal, (-1, -1))",
+        "validate.py", "Mask(*window(causal, window_size), cu_q)", "Mask(*window(causal, (-1, -1)), cu_q)",
         "test_api.py::test_a_window_is_never_dropped_by_any_scheme"),
     "softcap is accepted and ignored": Mutant(
-        "api.py", "variants = (float(softcap), ", "variants = (0.0, ", f"{VARIANT}[softcap-eager]"),
+        "preparation.py", "(float(softcap), float(dropout_p)) if", "(0.0, float(dropout_p)) if", f"{VARIANT}[softcap-eager]"),
     "the user's scale is ignored": Mutant(
-        "api.py", "scale_of(softmax_scale, ", "scale_of(None, ",
+        "preparation.py", "scale = scale_of(softmax_scale, ", "scale_of(None, ",
         "parallel/test_ring.py::test_a_scale_of_ones_own_reaches_forward_and_backward"),
     "rows past the last border are let through": Mutant(
         "validate.py", "if cu[-1] != length:", "if cu[-1] > length:",
@@ -264,7 +279,7 @@ def apply(mutant: Mutant, folder: Path) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def run(tests: list[str], folder: Path) -> tuple[int | None, str]:
+def run(tests: list[str], folder: Path, seconds: float) -> tuple[int | None, str]:
     """(pytest's exit code or None past the deadline, its output), in a fork that imports distflash afresh."""
     log = folder / "log"
     child = os.fork()
@@ -281,7 +296,7 @@ def run(tests: list[str], folder: Path) -> tuple[int | None, str]:
             code = int(pytest.main(["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", *(f"tests/{t}" for t in tests)]))
         finally:
             os._exit(code)
-    stop = time.monotonic() + DEADLINE
+    stop = time.monotonic() + seconds
     while time.monotonic() < stop:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -292,7 +307,29 @@ def run(tests: list[str], folder: Path) -> tuple[int | None, str]:
     return None, log.read_text()
 
 
-def main(names: list[str]) -> int:
+def trials(chosen: dict[str, Mutant], folder: Path) -> Iterator[dict[str, Any]]:
+    """Each mutant's verdict; RuntimeError if the tests fail without any."""
+    sound = folder / "sound"
+    copy(ROOT, sound)
+    code, output = run(sorted({mutant.test for mutant in chosen.values()}), sound, DEADLINE * len(chosen))
+    if code != PASSED:
+        raise RuntimeError(f"without any mutant the tests do not pass (exit code {code}):\n{output}")
+    for n, (name, mutant) in enumerate(chosen.items()):
+        broken = folder / str(n)
+        copy(sound, broken)
+        apply(mutant, broken)
+        start = time.monotonic()
+        code, output = run([mutant.test], broken, DEADLINE)
+        verdict = {FAILED: "killed", None: "killed by the deadline", PASSED: "SURVIVED"}.get(code, f"NOT TESTED, exit code {code}")
+        seconds = round(time.monotonic() - start, 1)
+        shutil.rmtree(broken)
+        print(f"{verdict:<10} {seconds:4.1f} s  {name}", flush=True)
+        if not verdict.startswith("killed"):
+            print(output)
+        yield {"name": name, "file": f"distflash/{mutant.file}", "test": f"tests/{mutant.test}", "verdict": verdict, "seconds": seconds}
+
+
+def main(names: list[str], record: Path | None) -> int:
     """0 if every mutant is killed."""
     import hypothesis  # noqa: F401  what every fork would import again
     import numpy  # noqa: F401
@@ -304,30 +341,21 @@ def main(names: list[str]) -> int:
     assert "distflash" not in sys.modules, "a fork would test this copy, not its own"
     torch.set_num_threads(1)
     torch.library.custom_op("mutants::first", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor")(torch.ones(1))
-    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
-    survivors = []
+    chosen, start = {name: MUTANTS[name] for name in names or MUTANTS}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        sound = Path(folder, "sound")
-        copy(ROOT, sound)
-        code, output = run(sorted({mutant.test for mutant in chosen.values()}), sound)
-        if code != PASSED:
-            print(f"without any mutant the tests do not pass (exit code {code}):\n{output}")
-            return 1
-        for n, (name, mutant) in enumerate(chosen.items()):
-            broken = Path(folder, str(n))
-            copy(sound, broken)
-            apply(mutant, broken)
-            start = time.monotonic()
-            code, output = run([mutant.test], broken)
-            verdict = {FAILED: "killed", None: "killed by the deadline", PASSED: "SURVIVED"}.get(code, f"NOT TESTED, exit code {code}")
-            print(f"{verdict:<10} {time.monotonic() - start:4.1f} s  {name}", flush=True)
-            if not verdict.startswith("killed"):
-                survivors.append(name)
-                print(output)
-            shutil.rmtree(broken)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
-    return int(bool(survivors))
+        rows = list(trials(chosen, Path(folder)))
+    killed = sum(row["verdict"].startswith("killed") for row in rows)
+    print(f"{killed} of {len(rows)} mutants killed")
+    if record:
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        text = {"killed": killed, "of": len(rows), "seconds": round(time.monotonic() - start), "versions": versions, "rows": rows}
+        record.write_text(json.dumps(text, indent=1) + "\n")
+    return int(killed < len(rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    asked = parser.parse_args()
+    sys.exit(main(asked.names, asked.record))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distflash import testing
 from distflash.testing import Attention, check, dense, errors, keep_mask, oracle, spmd, spmd_processes
 from tests.schemes import inputs
 
@@ -132,3 +133,9 @@ def test_processes_that_never_finish_are_killed_and_named():
     with pytest.raises((TimeoutError, RuntimeError), match=r"ranks \[.*1\] did not finish within 2 s|[Tt]ime"):
         spmd_processes(2, work, timeout=2.0)
     assert time.monotonic() - start < 15.0
+
+
+def test_one_element_that_was_rounded_once_is_within_the_budget():
+    for true in torch.rand(500, 1, dtype=torch.float64) + 0.5:
+        rounded = true.bfloat16().double()
+        assert testing._error(rounded, true, rounded, torch.bfloat16, 7e-3) is None, true

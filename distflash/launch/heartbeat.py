@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from distflash.parallel.agreement import NOTE
 from distflash.parallel.wire import journal
 from distflash.parallel.wire.journal import DistFlashPeerLost, Now
 
@@ -153,6 +154,8 @@ class Heartbeat:
         self.store.set(str(self.rank), json.dumps(note))
         keys = {r: str(r) for r in self.peers if self.peers[r].text or self.store.check([str(r)])}
         for r, text in zip(keys, self.store.multi_get(list(keys.values())) if keys else (), strict=True):
+            if len(text) > NOTE:
+                raise ValueError(f"a note of {len(text)} bytes: a heartbeat's has at most {NOTE}")
             if text.decode() != self.peers[r].text:
                 self.peers[r] = _Peer(time.monotonic(), text.decode(), json.loads(text))
         self.answered = time.monotonic()

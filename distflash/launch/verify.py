@@ -4,7 +4,7 @@ Legend: P ranks, U ranks of a Ulysses group, S tokens, H query heads, Hk key/val
 
 Started plainly, P ranks are threads of this process that share one device; with --nproc, or under a launcher, they are processes
 and the wire is the real one. Every scheme runs every problem, forward and backward, and is judged by the error budget of
-`distflash.testing`.
+`distflash.testing`. With --fuzz, the problems and the schemes are random: `distflash.launch.fuzz`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distflash.launch.world import World
-    from distflash.testing import Attention
 
 HEADS, KV_HEADS = 8, 2
 
@@ -80,10 +80,13 @@ def verify(
         str | None, typer.Option(help="Numbers of ranks to try as threads of one process.  [default: 1,2,3,4]", show_default=False)
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of a sequence.  [default: 1021 on a GPU, 157 on CPU]", show_default=False)
+        int | None,
+        typer.Option(min=8, help="Tokens of a sequence; --fuzz: at most.  [default: 1021 on a GPU, 157 on CPU]", show_default=False),
     ] = None,
     kernel: Annotated[str | None, typer.Option(help="This kernel alone.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs and the documents.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the inputs and the documents; --fuzz: of the first case.")] = 0,
+    fuzz: Annotated[int | None, typer.Option(min=1, help="Try so many random cases instead, one a seed.", show_default=False)] = None,
+    record: Annotated[Path | None, typer.Option(help="Append what --fuzz found to this JSON file.", show_default=False)] = None,
 ) -> None:
     """Compare every scheme and kernel of this machine with fp64 dense attention; exit code 1 if one is wrong."""
     import torch
@@ -94,12 +97,15 @@ def verify(
 
     if kernel is not None and kernel not in KERNELS:
         raise typer.BadParameter(f"--kernel {kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}")
+    if record is not None and fuzz is None:
+        raise typer.BadParameter("--record FILE is where --fuzz N writes what it found: give both")
     sizes = _sizes(ranks or "1,2,3,4")
     if nproc is not None:
         if ranks is not None:
             raise typer.BadParameter("--ranks are threads of one process, --nproc are processes: give one of them")
-        options = ["--seed", str(seed), *(["--length", str(length)] if length else []), *(["--kernel", kernel] if kernel else [])]
-        raise typer.Exit(launch(["-m", "distflash"], ["verify", *options], nproc))
+        given = {"--length": length, "--kernel": kernel, "--fuzz": fuzz, "--record": record and record.absolute()}
+        options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        raise typer.Exit(launch(["-m", "distflash"], ["verify", "--seed", str(seed), *options], nproc))
     world = distflash.init()
     if world.size > 1:
         if ranks is not None:
@@ -107,6 +113,11 @@ def verify(
         sizes = [world.size]
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # the ranks are the threads, and the problems are small
+    if fuzz is not None:
+        from distflash.launch.fuzz import fuzzed
+
+        chosen = sizes if world.size > 1 or ranks is not None else None
+        raise typer.Exit(0 if fuzzed(world, fuzz, seed, sizes=chosen, kernel=kernel, length=length, file=record) else 1)
     report = Report(world, sizes)
     for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
         able, refused = serving(case, world.device, kernel)
@@ -161,48 +172,28 @@ class Trial:
     def __init__(self, case: Case, length: int, seed: int, device: torch.device):
         import torch
 
-        from distflash.testing import keep_mask, oracle
+        from distflash.launch.trial import Call, inputs, truth_of
 
-        self.case, self.dtype, self.length = case, getattr(torch, case.dtype), length
-        generator = torch.Generator().manual_seed(seed)
-        heads = (HEADS, case.kv_heads, case.kv_heads, HEADS)
-        made = (torch.randn(1, length, h, case.head_dim, generator=generator) for h in heads)
-        self.q, self.k, self.v, self.dout = (x.to(device, self.dtype) for x in made)
-        self.cu = _documents(length, seed) if case.documents else None
-        keep = keep_mask(length, length, causal=case.causal, window_size=case.window, cu_seqlens_q=self.cu).to(device)
-        self.truth = oracle(self.q, self.k, self.v, self.dout, keep)
-        self.low = oracle(self.q, self.k, self.v, self.dout, keep, dtype=self.dtype)
+        dtype, generator = getattr(torch, case.dtype), torch.Generator().manual_seed(seed)
+        documents = _documents(length, seed) if case.documents else None
+        self.call = Call(causal=case.causal, window_size=case.window, documents=documents)
+        shape = {"heads": HEADS, "kv_heads": case.kv_heads, "dim": case.head_dim}
+        made = inputs(length, batch=1, dtype=dtype, generator=generator, **shape)
+        self.x = type(made)._make(x.to(device) for x in made)
+        self.truth, self.low = truth_of(self.call, self.x), truth_of(self.call, self.x, dtype)
 
     def judge(self, scheme: Scheme, world: World) -> tuple[float, str]:
         """(largest relative error, what is out of budget or '')."""
-        from distflash.testing import errors, spmd
+        from distflash.launch.trial import on_ranks
+        from distflash.testing import errors
 
-        if world.size > 1:
-            found = self.attend(None, scheme)
-        else:
-            per_node = scheme.ranks // 2 if scheme.ranks % 2 == 0 else None  # so that a double ring is one
-            found = spmd(scheme.ranks, lambda group: self.attend(group, scheme), device=world.device, per_node=per_node)[0]
-        broken = errors(found, self.truth, self.low, self.dtype)
+        names = ("kernel", "layout", "order", "ulysses")
+        call = self.call._replace(**{name: getattr(scheme, name) for name in names})
+        per_node = scheme.ranks // 2 if scheme.ranks % 2 == 0 else None  # so that a double ring is one
+        found = on_ranks(world.size, scheme.ranks, call, self.x, per_node)
+        broken = errors(found, self.truth, self.low, self.x.q.dtype)
         worst = max(_relative(a, b) for a, b in zip(found, self.truth, strict=True))
         return worst, "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-
-    def attend(self, group: Any, scheme: Scheme) -> Attention:
-        """Forward and backward over the ranks of the group; whole tensors on every rank."""
-        import torch
-
-        import distflash
-        from distflash.testing import Attention
-
-        sp = distflash.SequenceParallel(group, layout=scheme.layout, order=scheme.order, ulysses=scheme.ulysses)  # type: ignore[arg-type]
-        seq = sp.sequence(cu_seqlens=self.cu) if self.cu else sp.sequence(self.length)
-        q, k, v, dout = (seq.shard(x).detach() for x in (self.q, self.k, self.v, self.dout))
-        for x in (q, k, v):
-            x.requires_grad_()
-        options: dict[str, Any] = {"causal": self.case.causal, "window_size": self.case.window, "kernel": scheme.kernel}
-        out, lse = distflash.attention(q, k, v, seq, return_lse=True, **options)
-        grads = torch.autograd.grad(out, (q, k, v), dout)
-        whole = [seq.unshard(x.detach(), dim) for x, dim in ((out, 1), (lse, 2), *((x, 1) for x in grads))]
-        return Attention(*whole)
 
 
 def _documents(length: int, seed: int) -> tuple[int, ...]:

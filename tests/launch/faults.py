@@ -1,7 +1,8 @@
 """A job of forked processes over gloo, of which one comes to harm: what tests/launch/test_heartbeat.py stands on.
 
 `python -m tests.launch.faults [--count 20] [--limit 1] [--ranks 3]` kills and stops a random rank at random moments, so many times
-each, and prints in how many cases every other rank named it, after how long, and how long until all had ended.
+each, and prints in how many cases every other rank named it, after how long, and how long until all had ended; and what vigilance
+costs: comparing notes, and the longest silence of a thread beside a compilation. `--record` writes it to benchmarks/results.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.tensor
@@ -23,6 +25,7 @@ import torch.distributed.tensor
 import distflash
 from distflash.launch import world
 from distflash.parallel.wire.journal import Journal
+from distflash.testing import spmd_processes
 from tests.launch.test_rendezvous import free_port
 
 LIMIT = 1.0
@@ -126,32 +129,87 @@ def strike_with(folder, number):
     return strike
 
 
+def strikes(number: signal.Signals, count: int, limit: float, ranks: int, draw: random.Random) -> dict[str, Any]:
+    """How often every other rank named the victim of a signal, and in how many seconds."""
+    named, gone, told, early = [], [], 0, []
+    for _ in range(count):
+        victim, call, hop = draw.randrange(ranks), draw.randrange(2, 300), draw.randrange(ranks)
+        with tempfile.TemporaryDirectory() as name:
+            strike = strike_with(Path(name), number)
+            ended = launch(Path(name), partial(ring, victim=victim, strike=strike, call=call, hop=hop), limit=limit, ranks=ranks)
+            if not (Path(name) / "fault").exists():  # of a starved machine, for one
+                early.append([end.said.strip().splitlines()[-1:] for end in ended])
+                print(f"a job ended before it was struck: {early[-1]}")
+                continue
+        rest = [end for rank, end in enumerate(ended) if rank != victim]
+        told += all(f"DistFlashPeerLost: rank {victim} (host " in end.said for end in rest)
+        named.append(max(end.named for end in rest))
+        gone.append(max(end.gone for end in rest))
+    times = {"named": named, "gone": gone}
+    found = {f"{what}_{kind.__name__}": round(kind(seconds), 3) for what, seconds in times.items() for kind in (statistics.median, max)}
+    return {"fault": number.name, "count": count, "told": told, "early": len(early), "limit": limit, "ranks": ranks} | found
+
+
+def notes(calls: int = 2000) -> dict[str, float]:
+    """Seconds that two ranks of one host take to agree on a call, by median: of a known kind, and of a new one."""
+
+    def work():
+        seq, seconds = distflash.SequenceParallel().sequence(48), {}
+        for name, kind in (("known", lambda n: 0), ("new", lambda n: n)):
+            taken = []
+            for n in range(calls):
+                start = time.perf_counter()
+                seq.agree(name, kind=kind(n))
+                taken.append(time.perf_counter() - start)
+            seconds[name] = statistics.median(taken)
+        return torch.tensor([seconds["known"], seconds["new"]], dtype=torch.float64)
+
+    known, new = (max(values) for values in zip(*(reply.tolist() for reply in spmd_processes(2, work)), strict=True))
+    return {"known_us": round(1e6 * known, 1), "compared_ms": round(1e3 * new, 3)}
+
+
+def silence() -> float:
+    """The longest time for which a thread of 1 ms beats was not heard while Triton compiled a kernel in this process."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # whatever its cache holds
+    from distflash.kernels import compile_check
+
+    case = next(compile_check.cases(["forward"], ["sm_90"], [128], ["bf16"]))
+    gaps, over = [], threading.Event()
+
+    def beat():
+        last = time.monotonic()
+        while not over.wait(0.001):
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    start = time.monotonic()
+    compile_check.build(case)
+    assert time.monotonic() - start > 0.2, "nothing was compiled"
+    over.set()
+    thread.join()
+    return round(max(gaps), 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--limit", type=float, default=LIMIT)
     parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
     draw = random.Random(asked.seed)
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        named, gone, told = [], [], 0
-        for _ in range(asked.count):
-            victim, call, hop = draw.randrange(asked.ranks), draw.randrange(2, 300), draw.randrange(asked.ranks)
+    rows = [strikes(number, asked.count, asked.limit, asked.ranks, draw) for number in (signal.SIGKILL, signal.SIGSTOP)]
+    cost = notes() | {"silence_s": silence()}
+    for row in (cost, *rows):
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    if asked.record:
+        from benchmarks.record import write
 
-            with tempfile.TemporaryDirectory() as name:
-                strike = strike_with(Path(name), number)
-                body = partial(ring, victim=victim, strike=strike, call=call, hop=hop)
-                ended = launch(Path(name), body, limit=asked.limit, ranks=asked.ranks)
-            rest = [end for rank, end in enumerate(ended) if rank != victim]
-            told += all(f"DistFlashPeerLost: rank {victim} (host " in end.said for end in rest)
-            named.append(max(end.named for end in rest))
-            gone.append(max(end.gone for end in rest))
-        print(
-            f"{number.name}: named by every other rank in {told} of {asked.count}; seconds until the last one had named it: "
-            f"median {statistics.median(named):.2f}, worst {max(named):.2f}; until all had ended: "
-            f"median {statistics.median(gone):.2f}, worst {max(gone):.2f}"
-        )
+        write("faults", rows, cost=cost, cores=len(os.sched_getaffinity(0)), load=round(os.getloadavg()[0], 1))
 
 
 if __name__ == "__main__":

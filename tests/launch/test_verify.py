@@ -1,5 +1,7 @@
 """`distflash verify`: it passes what is right, fails what is wrong, and ignores no option."""
 
+import json
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -48,9 +50,25 @@ def test_a_wrong_kernel_gives_exit_code_1_and_is_named(verify, monkeypatch, name
         (["--ranks", "two"], ["--ranks", "'two'", "1,2,4"]),
         (["--ranks", "0"], ["--ranks", "'0'"]),
         (["--ranks", "2", "--nproc", "2"], ["--ranks", "--nproc"]),
+        (["--record", "found.json"], ["--record", "--fuzz"]),
     ],
 )
 def test_what_cannot_be_done_is_said(verify, words, fragments):
     result = verify(*words)
     assert result.exit_code != 0
     assert all(fragment in result.output for fragment in fragments), result.output
+
+
+def test_random_problems_are_tried_instead_from_the_seed_on_and_recorded(verify, tmp_path):
+    result = verify("--fuzz", "3", "--seed", "5", "--ranks", "2", "--length", "20", "--record", str(tmp_path / "runs.json"))
+    assert result.exit_code == 0, result.output
+    assert "3 cases, seeds 5 to 7" in result.output and ", 0 mismatches" in result.output
+    (run,) = json.loads((tmp_path / "runs.json").read_text())["runs"]
+    assert (run["cases"], run["first_seed"], run["options"]) == (3, 5, "--ranks 2 --length 20")
+
+
+def test_a_mismatch_among_random_problems_gives_exit_code_1(verify, monkeypatch):
+    right = eager.EagerKernel.forward
+    monkeypatch.setattr(eager.EagerKernel, "forward", lambda self, *a, **b: (x := right(self, *a, **b))._replace(out=1.01 * x.out))
+    result = verify("--fuzz", "4", "--kernel", "eager")
+    assert result.exit_code == 1 and "distflash verify --fuzz 1 --seed" in result.output

@@ -1,0 +1,170 @@
+"""`distflash verify --fuzz N`: random problems of attention over random ranks, laid beside fp64 dense attention.
+
+A case follows from its seed alone (and from the options and the kernels of the machine): `--fuzz 1 --seed K` runs it again. A case
+equals the oracle within the error budget of `distflash.testing`, or it is refused where it must be; anything else is a mismatch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distflash.kernels.base import accumulator
+from distflash.launch import trial
+from distflash.launch.doctor import _output as output
+from distflash.launch.doctor import _versions as versions
+from distflash.launch.draw import RANKS, Case, draw
+from distflash.launch.trial import SEED, Results, noise_of, truth_of
+from distflash.testing import errors
+
+if TYPE_CHECKING:
+    from distflash.launch.world import World
+
+NOISE = 4.0  # times what several random roundings did at most
+
+
+def judge(case: Case, world: World) -> tuple[str, str]:
+    """("equal", ""), ("refused", with which words) or ("wrong", what)."""
+    try:
+        seed, found = _found(case, world)
+        again = _found(case, world)[1] if case.call.deterministic else found
+    except (ValueError, TypeError, NotImplementedError) as error:
+        expected = next((words for words in case.refusals if words in str(error)), None)
+        return ("wrong", f"{type(error).__name__}: {error}") if expected is None else ("refused", expected)
+    except Exception as error:  # an internal error is a finding like any other, unless other processes wait for this one
+        if world.size > 1:
+            error.add_note(f"in case {case.seed}: {case}")
+            raise
+        return "wrong", f"{type(error).__name__}: {error}"
+    if case.refusals:
+        return "wrong", f"served, but must be refused: {' or '.join(case.refusals)}"
+    if not all(a is b or torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+        return "wrong", "deterministic, but a second run gave other bits"
+    broken = _broken(case, found, seed)
+    return ("wrong", "; ".join(f"{name}: {reason}" for name, reason in broken.items())) if broken else ("equal", "")
+
+
+def _broken(case: Case, found: Results, seed: int) -> dict[str, str]:
+    """What is out of its error budget, and is not explained by rounding."""
+    call, x, dtype = case.call, case.x, case.x.q.dtype
+    truth = truth_of(call, x, seed=seed)
+    low = truth if dtype == torch.float64 else truth_of(call, x, dtype, seed)
+    broken = errors(found, truth, low, dtype)
+    if broken:
+        noise = noise_of(call, x, truth, accumulator(dtype) if x.q.device.type == "cpu" else dtype, seed)
+        broken = errors(_forgiven(found, truth, noise), truth, low, dtype)
+    return broken
+
+
+def _forgiven(found: Results, truth: Results, noise: Results) -> Results:
+    """`found`, nearer to the truth by what rounding explains."""
+    near = (
+        None if a is None else torch.where(a.isfinite(), a + torch.clamp(b - a, -NOISE * n, NOISE * n), a)
+        for a, b, n in zip(found, truth, noise, strict=True)
+    )
+    return type(found)(*near)  # type: ignore[arg-type]
+
+
+def _found(case: Case, world: World) -> tuple[int, Results]:
+    """(the seed that dropout had, whole results): by threads, or by this process and its peers."""
+    call, x = case.call, case.x
+    if case.alone:
+        return trial.run_alone(call, x)
+    return SEED, trial.on_ranks(world.size, case.ranks, call, x, case.per_node)
+
+
+class Tally:
+    """What has come of the cases so far."""
+
+    def __init__(self) -> None:
+        self.verdicts, self.refused = Counter(), Counter()
+        self.mismatches: list[dict[str, Any]] = []
+        self.covered: defaultdict[str, Counter] = defaultdict(Counter)
+
+    def add(self, case: Case, verdict: str, what: str, replay: str) -> None:
+        self.verdicts[verdict] += 1
+        if verdict == "refused":
+            self.refused[what] += 1
+            return
+        if verdict == "wrong":
+            self.mismatches.append({"seed": case.seed, "what": what, "case": str(case), "replay": replay})
+        call, x = case.call, case.x
+        axes: dict[str, Any] = {
+            "ranks": case.ranks,
+            "dtype": str(x.q.dtype).removeprefix("torch."),
+            "head_dim": x.q.shape[3],
+            "values": case.values,
+        }
+        named = ("layout", "order", "ulysses", "kernel", "strides", "wanted")
+        axes |= {name: getattr(call, name) for name in named}
+        for axis, value in axes.items():
+            self.covered[axis][str(value)] += 1
+        self.covered["asked"].update(name for name in case.asked if name not in named)
+
+
+def fuzzed(
+    world: World, count: int, first: int, *, sizes: Sequence[int] | None, kernel: str | None, length: int | None, file: Path | None
+) -> bool:
+    """Judge the cases of `count` seeds; print, and append to `file`, what came of it. True if there was no mismatch."""
+    given = {"--nproc": world.size if world.size > 1 else None, "--ranks": ",".join(map(str, sizes or ())), "--kernel": kernel}
+    given |= {"--length": length}
+    options = "".join(f" {name} {value}" for name, value in given.items() if value and not (name == "--ranks" and world.size > 1))
+    tally, start = Tally(), time.monotonic()
+    for seed in range(first, first + count):
+        case, replay = (
+            draw(seed, world.device, sizes or RANKS, kernel=kernel, longest=length),
+            f"distflash verify --fuzz 1 --seed {seed}{options}",
+        )
+        verdict, what = judge(case, world)
+        tally.add(case, verdict, what, replay)
+        if world.is_main and (verdict == "wrong" or count == 1):
+            print(f"{verdict} {what}\n  {case}\n  {replay}", flush=True)
+    seconds = time.monotonic() - start
+    if world.is_main:
+        print(f"{count} cases, seeds {first} to {first + count - 1}, {seconds:.0f} s ({1e3 * seconds / count:.0f} ms a case)")
+        print(f"{tally.verdicts['equal']} equal to the oracle, {tally.verdicts['refused']} refused, {len(tally.mismatches)} mismatches")
+        for reason, number in tally.refused.most_common():
+            print(f"  refused {number}: {reason}")
+        if file is not None:
+            _append(file, _record(world, tally, count, first, options, seconds))
+    return not tally.mismatches
+
+
+def _record(world: World, tally: Tally, count: int, first: int, options: str, seconds: float) -> dict[str, Any]:
+    return {
+        "cases": count,
+        "first_seed": first,
+        "options": options.strip(),
+        "equal": tally.verdicts["equal"],
+        "refused": dict(tally.refused),
+        "mismatches": tally.mismatches,
+        "seconds": round(seconds, 1),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "processes": world.size,
+        "versions": {name: value for name, value in versions().items() if value},
+        "covered": {axis: dict(sorted(counts.items())) for axis, counts in tally.covered.items()},
+    }
+
+
+def _commit() -> str | None:
+    """The commit that runs, and whether files were changed since; None if this is no checkout."""
+    root = Path(__file__).parents[2]
+    return output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]) if (root / ".git").exists() else None
+
+
+def _append(file: Path, run: dict[str, Any]) -> None:
+    """Add a run to the JSON of a file: all of it, or nothing."""
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+    part.replace(file)

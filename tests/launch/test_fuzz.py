@@ -1,0 +1,148 @@
+"""`distflash verify --fuzz`: random problems equal the oracle; a wrong, refused or crashed one is a mismatch that its seed brings back."""
+
+import json
+from collections import Counter
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import distflash
+from distflash.kernels import eager
+from distflash.launch import fuzz
+from distflash.launch.draw import draw
+from distflash.launch.trial import Call, inputs, noise_of, on_ranks, truth_of
+from distflash.parallel.layout import LAYOUTS
+from distflash.parallel.plan import ORDERS
+from distflash.testing import errors, spmd_processes
+
+CPU = torch.device("cpu")
+ALONE = SimpleNamespace(size=1, device=CPU, is_main=True)
+PLAIN = {"sizes": None, "kernel": None, "length": None, "file": None}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("first", [10_000_000, 20_000_000])
+def test_500_random_problems_equal_the_oracle_or_are_refused_where_they_must_be(first, capsys):
+    assert fuzz.fuzzed(ALONE, 500, first, **PLAIN), capsys.readouterr().out
+
+
+def test_processes_judge_as_threads_do():
+    def judge():
+        import torch.distributed as dist
+
+        world = SimpleNamespace(size=2, device=CPU, is_main=dist.get_rank() == 0)
+        verdicts = [fuzz.judge(draw(seed, CPU, [2]), world) for seed in range(30)]
+        return torch.tensor([verdict != "wrong" for verdict, _ in verdicts], dtype=torch.float64)
+
+    for rank in spmd_processes(2, judge, timeout=100.0):
+        assert rank.all(), f"seeds {(rank == 0).nonzero().flatten().tolist()}"
+
+
+def test_a_seed_alone_determines_its_case():
+    torch.manual_seed(1)
+    first = draw(7, CPU)
+    torch.manual_seed(2)
+    second = draw(7, CPU)
+    assert str(first) == str(second) and all(torch.equal(a, b) for a, b in zip(first.x, second.x, strict=True))
+    assert str(draw(8, CPU)) != str(first)
+
+
+def test_everything_is_drawn():
+    cases = [draw(seed, CPU, longest=40) for seed in range(1500)]
+    for name, values in {
+        "layout": {*LAYOUTS, "auto"},
+        "order": {*ORDERS, "auto"},
+        "causal": {False, True},
+        "ulysses": {1, 2, 3, 4},
+    }.items():
+        assert {getattr(case.call, name) for case in cases} >= values, name
+    drawn = Counter(name for case in cases for name in case.asked)
+    assert drawn.keys() >= {
+        "documents",
+        "k_documents",
+        "window_size",
+        "mask",
+        "balance",
+        "softcap",
+        "slopes",
+        "dropout_p",
+        "sinks",
+        "scale",
+    }
+    assert drawn.keys() >= {"deterministic", "wanted", "strides", "batched", "kernel"}
+    assert {case.x.q.dtype for case in cases} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    assert {0, 1, 2, 3} < {case.x.q.shape[1] for case in cases} and any(case.x.q.shape[1] < case.ranks for case in cases)
+    assert any(case.alone and case.x.q.shape[1] != case.x.k.shape[1] for case in cases)
+    lengths = {b - a for case in cases if case.call.documents for a, b in zip(case.call.documents, case.call.documents[1:], strict=False)}
+    assert {0, 1} < lengths
+    refused = sum(bool(case.refusals) for case in cases)
+    assert 0 < refused < 0.1 * len(cases)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_wrong_kernel_is_found_told_and_recorded_with_the_command_that_shows_it_again(name, monkeypatch, capsys, tmp_path):
+    right, file = getattr(eager.EagerKernel, name), tmp_path / "runs.json"
+
+    def wrong(self, *args, **more):
+        found = right(self, *args, **more)
+        return found._replace(out=found.out * 1.01) if name == "forward" else (found[0] * 1.01, *found[1:])
+
+    assert fuzz.fuzzed(ALONE, 2, 40, **PLAIN | {"kernel": "eager", "file": file})
+    monkeypatch.setattr(eager.EagerKernel, name, wrong)
+    assert not fuzz.fuzzed(ALONE, 8, 42, **PLAIN | {"kernel": "eager", "length": 30, "file": file})
+    sound, broken = json.loads(file.read_text())["runs"]
+    assert (sound["cases"], sound["first_seed"], sound["mismatches"]) == (2, 40, [])
+    assert len(broken["mismatches"]) >= 5 and broken["equal"] + len(broken["mismatches"]) + sum(broken["refused"].values()) == 8
+    assert sound["versions"]["torch"] == torch.__version__ and sum(sound["covered"]["ranks"].values()) == sound["equal"]
+    said = broken["mismatches"][0]
+    assert said["replay"] == f"distflash verify --fuzz 1 --seed {said['seed']} --kernel eager --length 30"
+    assert ("out:" if name == "forward" else "dq:") in said["what"]
+    assert said["replay"] in capsys.readouterr().out
+
+
+def test_an_internal_error_is_a_mismatch(monkeypatch):
+    monkeypatch.setattr(eager.EagerKernel, "forward", lambda *args, **more: 1 // 0)
+    assert fuzz.judge(_served("eager"), ALONE) == ("wrong", "ZeroDivisionError: integer division or modulo by zero")
+
+
+def test_a_refusal_without_need_is_a_mismatch(monkeypatch):
+    def refuse(*args, **more):
+        raise ValueError("we do not serve this")
+
+    monkeypatch.setattr(distflash, "attention", refuse)
+    assert fuzz.judge(_served("eager"), ALONE) == ("wrong", "ValueError: we do not serve this")
+
+
+def test_what_must_be_refused_and_is_served_is_a_mismatch():
+    verdict, what = fuzz.judge(_served("eager")._replace(refusals=("no such thing",)), ALONE)
+    assert verdict == "wrong" and "must be refused: no such thing" in what
+
+
+def _served(kernel):
+    return next(case for case in (draw(seed, CPU, [2], kernel=kernel, longest=30) for seed in range(100)) if not case.refusals)
+
+
+def test_what_was_asked_twice_and_is_deterministic_must_have_equal_bits(monkeypatch):
+    case = _served("eager")
+    case, found = case._replace(call=case.call._replace(deterministic=True)), fuzz._found
+    assert fuzz.judge(case, ALONE)[0] == "equal"
+    runs = count()
+
+    def drifting(*given):
+        seed, right = found(*given)
+        return seed, right._replace(lse=right.lse + 1e-6 * next(runs))
+
+    monkeypatch.setattr(fuzz, "_found", drifting)
+    assert "other bits" in fuzz.judge(case, ALONE)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+def test_rounding_does_not_explain_a_gradient_that_is_2_percent_off(name, dtype):
+    call, x = Call(causal=True), inputs(24, dtype=dtype)
+    found, truth = on_ranks(1, 2, call, x), truth_of(call, x)
+    noise = noise_of(call, x, truth, torch.float32)
+    wrong = fuzz._forgiven(found._replace(**{name: 1.02 * getattr(found, name)}), truth, noise)
+    assert [*errors(wrong, truth, truth_of(call, x, dtype), dtype)] == [name]
