@@ -10,6 +10,7 @@ Legend: B batch, Tq / Tk local queries / keys, R x C one piece of the tile table
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
@@ -89,7 +90,7 @@ def _reversed(piece: Tile, tile: Tile) -> Tile:
     return Tile(q, kv, Band(corner - piece.band.hi, corner - piece.band.lo))
 
 
-class Adapter:
+class Adapter(ABC):
     """The Kernel protocol over a function that attends over one piece, and one for its gradients.
 
     A subclass gives `_attend` and `_gradients`: q, dout, out [B, R, H, D], k, v [B, C, Hk, D], scale > 0, addresses and strides
@@ -104,15 +105,15 @@ class Adapter:
         """Why the kernel's package cannot be used, if so."""
         return None
 
+    @abstractmethod
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Window) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _gradients(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, keep: Window
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of the probabilities exp(scale q·k - lse), with rowsum(out * dout) for delta."""
-        raise NotImplementedError
 
     def _dims(self, problem: Problem) -> str | None:
         """Why the head dims cannot be served, if so."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import distflash
-from distflash import api
+from distflash import preparation
 from distflash.kernels import adapters
 from distflash.kernels.adapters import Adapter, CudnnKernel, Fa2Kernel, Fa3Kernel, Fa4Kernel, pieces, window
 from distflash.kernels.base import Partial, Problem
@@ -147,7 +147,7 @@ def kernel(request, monkeypatch) -> Adapter:
     monkeypatch.setattr(adapters, "_ATEN", FakeAten)
     made = ADAPTED[request.param.split()[0]]()
     monkeypatch.setattr(type(made), "supports", lambda self, problem: None)
-    monkeypatch.setattr(api, "select", lambda name, problem: made)
+    monkeypatch.setattr(preparation, "select", lambda name, problem: made)
     return made
 
 
@@ -339,7 +339,7 @@ def _repeated(q, k, v):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_flash_kernel_that_computes_delta_itself_takes_the_global_one_through_out(monkeypatch, mask):
-    monkeypatch.setattr(api, "select", lambda name, problem: CpuFlash())
+    monkeypatch.setattr(preparation, "select", lambda name, problem: CpuFlash())
     x = inputs(40, dtype=torch.bfloat16)
     agree(x, MASKS[mask], dlse=x.dlse)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.language import bfloat16, float16, float32
 
+from distflash.kernels.box import heads_first, readable
 from distflash.kernels.hopper.compat import NVMMASharedLayout, TensorDescriptor
 
 _DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
@@ -25,24 +26,20 @@ def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
 
 
 def legal(t: Tensor) -> Tensor:
-    """`t`, copied if TMA cannot read it: 16-byte multiples for the address and every stride, the last dimension contiguous. The copy's
-    lines are as long as that needs: a narrow view of a wider buffer where the last dimension is no multiple of 16 bytes."""
-    unit = 16 // t.element_size()
-    steps = (s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
-    if t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in steps):
+    """`t`, copied if TMA cannot read it. The copy's lines are as long as that needs: a narrow view of a wider buffer where the last
+    dimension is no multiple of 16 bytes."""
+    if readable(t):
         return t
+    unit = 16 // t.element_size()
     wide = torch.empty((*t.shape[:-1], -(-t.shape[-1] // unit) * unit), dtype=t.dtype, device=t.device)
     return wide[..., : t.shape[-1]].copy_(t)
 
 
 def descriptor(t: Tensor, length: int, rows: int, columns: int | None = None) -> TensorDescriptor:
     """[B, T, H, D] as [B, H, T, D] in boxes of [1, 1, rows, columns]; tokens from `length` on, and columns from D on, read as zeros."""
-    B, _, H, D = t.shape
-    b, s, h, _ = t.stride()
-    aligned = H * D * 8  # any legal number: the stride of a dimension of size 1 is never used, but is checked
+    (B, H, _, D), strides = heads_first(t)
     box = [1, 1, rows, columns or D]
-    return TensorDescriptor(t, [B, H, length, D], [b if B > 1 else aligned, h if H > 1 else aligned, s if t.shape[1] > 1 else aligned, 1],
-                            box, _layout(tuple(box), t.dtype))  # fmt: skip
+    return TensorDescriptor(t, [B, H, length, D], strides, box, _layout(tuple(box), t.dtype))
 
 
 def parts(side: int, head_dim: int) -> tuple[int, int]:
