@@ -21,23 +21,23 @@ from distflash.tile import Tile, Tiles
 
 bf16, fp32 = torch.bfloat16, torch.float32
 SEED = 0x123456789ABCDEF0
-SLOPES = torch.tensor([[0.5, 0.25, 0.7, 0.1], [0.3, 0.9, 0.05, 0.0]])
+SLOPES = torch.tensor([[0.5, 0.1], [0.3, 0.0]])
 ALL = {"softcap": 2.0, "slopes": SLOPES, "p": 0.3}
 CASES = [
-    (Case("softcap", causal(70, 70), B=2, H=4, Hk=2, D=32), {"softcap": 1.5}),
-    (Case("a large softcap", causal(70, 70), B=2, H=4, Hk=2, D=32), {"softcap": 1e4}),
-    (Case("ALiBi", causal(90, 130), B=2, H=4, Hk=4, D=24), {"slopes": SLOPES}),
-    (Case("ALiBi both ways", full(65, 130), B=2, H=4, Hk=1, D=16), {"slopes": SLOPES}),
-    (Case("dropout", full(70, 129), B=2, H=4, Hk=2, D=16), {"p": 0.4}),
-    (Case("all, causal", causal(130, 129), B=2, H=4, Hk=2, D=24, Dv=40), ALL),
-    (Case("all, a band", banded(70, 100, -20, 30), B=2, H=4, Hk=1, D=16), ALL),
-    (Case("all, documents", documents(0, 7, 90, 131), B=2, H=4, Hk=2, D=16), ALL),
-    (Case("all, one token", full(1, 1), B=2, H=4, Hk=2, D=16), ALL),
-    (Case("all, more keys than queries in no tile", Tiles((Tile.whole(slice(10, 50), slice(20, 70)),), 80, 110), B=2, H=4, Hk=2), ALL),
-    (Case("all, a scale below 0", causal(70, 70), B=2, H=4, Hk=2, D=32, scale=-0.7), ALL),
-    (Case("all, a scale of 0", causal(30, 30), B=2, H=4, Hk=2, D=32, scale=0.0), ALL),
-    (Case("all, 16 bits", causal(90, 130), B=2, H=4, Hk=2, D=64, dtype=bf16), ALL),
-    (Case("all, fp16", full(90, 65), B=2, H=4, Hk=2, D=64, dtype=torch.float16), ALL),
+    (Case("softcap", causal(70, 70), B=2, H=2, Hk=1, D=32), {"softcap": 1.5}),
+    (Case("a large softcap", causal(70, 70), B=2, H=2, Hk=1, D=32), {"softcap": 1e4}),
+    (Case("ALiBi", causal(90, 130), B=2, H=2, Hk=2, D=24), {"slopes": SLOPES}),
+    (Case("ALiBi both ways", full(65, 130), B=2, H=2, Hk=1, D=16), {"slopes": SLOPES}),
+    (Case("dropout", full(70, 129), B=2, H=2, Hk=1, D=16), {"p": 0.4}),
+    (Case("all, causal", causal(130, 129), B=2, H=2, Hk=1, D=24, Dv=40), ALL),
+    (Case("all, a band", banded(70, 100, -20, 30), B=2, H=2, Hk=1, D=16), ALL),
+    (Case("all, documents", documents(0, 7, 90, 131), B=2, H=2, Hk=1, D=16), ALL),
+    (Case("all, one token", full(1, 1), B=2, H=2, Hk=1, D=16), ALL),
+    (Case("all, more keys than queries in no tile", Tiles((Tile.whole(slice(10, 50), slice(20, 70)),), 80, 110), B=2, H=2, Hk=1), ALL),
+    (Case("all, a scale below 0", causal(70, 70), B=2, H=2, Hk=1, D=32, scale=-0.7), ALL),
+    (Case("all, a scale of 0", causal(30, 30), B=2, H=2, Hk=1, D=32, scale=0.0), ALL),
+    (Case("all, 16 bits", causal(90, 130), B=2, H=2, Hk=1, D=64, dtype=bf16), ALL),
+    (Case("all, fp16", full(90, 65), B=2, H=2, Hk=1, D=64, dtype=torch.float16), ALL),
 ]
 
 
@@ -68,7 +68,7 @@ def test_forward_and_gradients_equal_the_oracle(case, options):
 @pytest.mark.parametrize("boxes", [0, 1, 2])
 def test_other_tile_sizes_and_ways_to_load_give_the_same_answer(boxes):
     kernel = TritonKernel({name: Config(32, 32, 4, 1, boxes, overlap=True) for name in PASSES})
-    case, options = Case("small tiles", banded(40, 75, -20, 30), H=2, D=24), {**ALL, "slopes": SLOPES[:1, :2]}
+    case, options = Case("small tiles", banded(40, 75, -20, 30), H=2, D=24), {**ALL, "slopes": SLOPES[:1]}
     tensors = case.tensors()
     assert_close(case, computed(case, asked(case, **options), *tensors, kernel=kernel), oracle(case, *tensors, **options))
 
@@ -96,7 +96,7 @@ def test_the_derivative_of_softcap_is_exact_where_all_scores_saturate():
 @pytest.mark.parametrize("step", [1, 3])
 def test_visits_of_keys_that_lie_anywhere_equal_one_and_heads_count_from_the_first(step):
     """What a ring does: keys in several blocks, each with its own positions; the heads of a Ulysses rank."""
-    case = Case("visits", full(40, 90), B=2, H=4, Hk=2, D=16)
+    case = Case("visits", full(40, 90), B=2, H=2, Hk=1, D=16)
     q, k, v, dout = case.tensors()
     head = 3
     whole = asked(case, **ALL, head=head)
