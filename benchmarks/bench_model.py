@@ -10,7 +10,6 @@ Legend: S global tokens, H query heads, Hk key/value heads, D head dim, P ranks.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +27,7 @@ from distflash.cost.choose import Candidate, judge
 from distflash.cost.devices import Device, find, network
 from distflash.cost.time import Cluster
 from distflash.cost.traffic import PASSES, Scheme, Shape
+from distflash.launch.measure import seconds
 from distflash.parallel.mask import Mask
 
 LENGTHS = (16384, 32768, 65536, 131072)
@@ -58,23 +58,17 @@ def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape:
     def timed(run: Callable[[], object]) -> float:
         if group is not None:
             dist.barrier(group)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return seconds(run, device)
 
     found: dict[str, list[float]] = {pass_: [] for pass_ in PASSES}
     for n in range(repeats + 2):  # the first two compile kernels and make tables
         outs: list[torch.Tensor] = []
-        seconds = [
+        times = [
             timed(lambda: outs.append(distflash.attention(q, k, v, seq, causal=True))),  # noqa: B023  run at once
             timed(lambda: torch.autograd.grad(outs[0], leaves, dout)),  # noqa: B023
         ]
         slots = torch.zeros(sp.size, 2, dtype=torch.float64, device=device)
-        slots[sp.rank] = torch.tensor(seconds, dtype=torch.float64)
+        slots[sp.rank] = torch.tensor(times, dtype=torch.float64)
         if n >= 2:
             for pass_, slowest in zip(PASSES, sp.wire.all_reduce(slots).amax(0).tolist(), strict=True):
                 found[pass_].append(slowest)

@@ -48,7 +48,7 @@ class Beneath:
                     f"{u} ranks that exchange heads by DeepSpeed's Ulysses must hold as many tokens each, got {seq.lengths} for "
                     f"{seq.length}: pad the sequence, or call distflash.attention with seq, which needs no padding"
                 )
-            self._sequences[seq] = self.ring.sequence(cu_seqlens=seq.cu_seqlens, mask=seq._balanced)
+            self._sequences[seq] = self.ring.sequence(cu_seqlens=seq.cu_seqlens, mask=seq.balanced_for)
         return self._sequences[seq]
 
     def check_shards(self, seq: Any, tokens: int) -> None:

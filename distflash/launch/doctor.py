@@ -78,7 +78,7 @@ def examine() -> Facts:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "driver": _nvidia_driver(),
         "gpus": [_gpu(index) for index in range(gpus)],
         "peer_access": [[a == b or torch.cuda.can_device_access_peer(a, b) for b in range(gpus)] for a in range(gpus)],
@@ -130,7 +130,8 @@ def judge(facts: Facts) -> tuple[list[str], list[str]]:
     return problems, advice
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of Python and of what DistFlash stands on or can use; None where it is not installed."""
     import torch
     import torch.distributed as dist
     from torch.cuda.nccl import version as nccl_version
@@ -161,7 +162,7 @@ def _nvidia_driver() -> str | None:
     """Why we think that there is an NVIDIA GPU, whatever torch says; None if nothing hints at one."""
     if Path("/dev/nvidia0").exists():
         return "/dev/nvidia0"
-    listing = _output(["nvidia-smi", "--list-gpus"])
+    listing = output(["nvidia-smi", "--list-gpus"])
     return listing.splitlines()[0] if listing and listing.startswith("GPU ") else None
 
 
@@ -180,12 +181,12 @@ def _gpu(index: int) -> dict[str, Any]:
 
 def _nvlink() -> str | None:
     """nvidia-smi's matrix of links, as it prints it."""
-    return _output(["nvidia-smi", "topo", "-m"])
+    return output(["nvidia-smi", "topo", "-m"])
 
 
 def _mpi() -> dict[str, str | None]:
     """mpirun's version, and the MPI that mpi4py loads: asked in a child, since loading it could end the process."""
-    lines = (_output(["mpirun", "--version"]) or "").splitlines()
+    lines = (output(["mpirun", "--version"]) or "").splitlines()
     facts: dict[str, str | None] = {"mpirun": lines[0] if lines else None, "library": None, "error": None}
     if importlib.util.find_spec("mpi4py") is None:
         return {**facts, "error": "mpi4py is not installed"}
@@ -200,7 +201,7 @@ def _mpi() -> dict[str, str | None]:
     return {**facts, "error": said[-1] if said else f"exit code {child.returncode}"}
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
     """What a program prints, or None if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None

@@ -81,20 +81,22 @@ def measure(world: World, sizes: Sizes | None = None) -> Device:
     return replace(device, basis=f"{basis}; no links: measure with several ranks")
 
 
-def _timed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of a run, the median; the first is not counted."""
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, until its last kernel is done."""
     import torch
 
-    found = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return median(found[1:])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _timed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of a run, the median; the first is not counted."""
+    return median([seconds(run, device) for _ in range(repeats + 1)][1:])
 
 
 def _rates(device: torch.device, dtype: torch.dtype, sizes: Sizes, dim: int) -> dict[str, Rate]:
@@ -105,15 +107,15 @@ def _rates(device: torch.device, dtype: torch.dtype, sizes: Sizes, dim: int) -> 
     from distflash.cost.devices import Rate
     from distflash.cost.traffic import PASSES, Shape
 
-    seconds: dict[str, list[float]] = {pass_: [] for pass_ in PASSES}
+    times: dict[str, list[float]] = {pass_: [] for pass_ in PASSES}
     for n in sizes.tokens:
         q, k, v, dout = (torch.randn(1, n, sizes.heads, dim, device=device, dtype=dtype) for _ in range(4))
-        seconds["forward"].append(_timed(lambda: distflash.attention(q, k, v), device, sizes.repeats))  # noqa: B023  run at once
+        times["forward"].append(_timed(lambda: distflash.attention(q, k, v), device, sizes.repeats))  # noqa: B023  run at once
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = distflash.attention(q, k, v)
-        seconds["backward"].append(_timed(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), device, sizes.repeats))  # noqa: B023
+        times["backward"].append(_timed(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), device, sizes.repeats))  # noqa: B023
     (n1, n2), found = sizes.tokens, {}
-    for pass_, (t1, t2) in seconds.items():
+    for pass_, (t1, t2) in times.items():
         a = (t2 / n2 - t1 / n1) / (n2 - n1)
         if a <= 0 or (b := t1 / n1 - a * n1) < 0:  # noise: no start can be told
             a, b = t2 / n2**2, 0.0

@@ -139,7 +139,7 @@ class ShardedSequence:
 
     def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None, layout: Layout | None = None):
         self.sp, self.cu_seqlens = sp, cu_seqlens
-        self.length, self._balanced, self._given = cu_seqlens[-1], mask, layout
+        self.length, self.balanced_for, self._given = cu_seqlens[-1], mask, layout
         ranks = sp.ring_wire.size
         ring_layout = layout or (LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask))
         self.layout: Layout = split(ring_layout, sp.ulysses)
@@ -215,7 +215,7 @@ class ShardedSequence:
         """What ranks have to agree on whatever they call."""
         sp, layout = self.sp, self.sp.layout if self._given is None else words(self._given)
         scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire.name}
-        return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self._balanced)}
+        return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self.balanced_for)}
 
     def scheme(
         self, mask: AnyMask, kernel: Kernel, scale: float, heads: int, kv_heads: int, variants: tuple[float, float] | None = None

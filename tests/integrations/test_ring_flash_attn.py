@@ -290,7 +290,8 @@ def test_without_a_group_all_processes_share_the_sequence():
 @pytest.fixture
 def tiny():
     """A Llama of two layers with grouped heads in fp64, and what its own eager attention computes of each document."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=64, attn_implementation="eager", **sizes)
@@ -330,7 +331,6 @@ def test_a_model_of_transformers_computes_flash_attention_2_across_ranks(tiny):
 
 
 def test_a_layer_of_transformers_gets_its_window_softcap_and_sinks():
-    pytest.importorskip("transformers")
     from transformers import AttentionInterface
 
     q, k, v = torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
