@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -93,7 +94,7 @@ class Machine:
         self.error: BaseException | None = None
         self.running = True
         self.random = random.Random(seed)
-        self.syncs: dict[int, list[int]] = {}
+        self.named: dict[int, Named] = {}
 
     def until(self, ready, what: str) -> None:
         end = time.monotonic() + DEADLOCK
@@ -194,8 +195,14 @@ def _tma_load(desc: Descriptor, coordinates, bar: Barrier, into: Shared) -> None
 
 def _tma_reduce_add(desc: Descriptor, coordinates, source: Shared) -> None:
     ours, theirs = desc.overlap(coordinates)
-    with _LOCAL.machine.changed:
-        desc.view[ours] += source.data.view(desc.block_shape)[theirs]
+    early, machine = source.data.clone(), _LOCAL.machine
+
+    def leave() -> None:
+        assert _same(early, source.data), "a buffer changed under a TMA reduction"
+        with machine.changed:
+            desc.view[ours] += source.data.view(desc.block_shape)[theirs]
+
+    _LOCAL.stores.append(leave)
 
 
 def _tma_store(desc: Descriptor, coordinates, source: Shared) -> None:
@@ -253,14 +260,29 @@ def _mma_wait(outstanding, deps):
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _group_sync(ID, THREADS) -> None:
-    machine = _LOCAL.machine
+@dataclass
+class Named:
+    """A named barrier: full when all its threads have come, and then empty again. Whoever comes twice has not waited for the others."""
+
+    turn: int = 0
+    threads: int = 0
+    there: set[int] = field(default_factory=set)
+
+
+def _named_barrier(verb, number, threads, warps=4) -> None:
+    machine, me = _LOCAL.machine, threading.get_ident()
     with machine.changed:
-        count = machine.syncs.setdefault(ID, [0])
-        count[0] += 1
-        mine = -(-count[0] // (THREADS // 128)) * (THREADS // 128)
-        machine.changed.notify_all()
-        machine.until(lambda: count[0] >= mine, "a named barrier")
+        bar = machine.named.setdefault(int(number), Named())
+        assert me not in bar.there, f"named barrier {int(number)}: the same partition twice"
+        bar.there.add(me)
+        bar.threads += 32 * warps
+        assert bar.threads <= threads, f"named barrier {int(number)}: {bar.threads} of {threads} threads"
+        turn = bar.turn
+        if bar.threads == threads:
+            machine.named[int(number)] = Named(turn + 1)
+            machine.changed.notify_all()
+        if verb == "sync":
+            machine.until(lambda: machine.named[int(number)].turn > turn, f"named barrier {int(number)}")
 
 
 def _allocate(dtype, shape, layout):
@@ -294,6 +316,7 @@ def _specialize(partitions, warps, registers) -> None:
     if machine.error:
         raise machine.error
     assert not machine.copies, "a copy that nobody waited for"
+    assert not any(bar.there for bar in machine.named.values()), "a named barrier that is left half full"
 
 
 def run(kernel, grid, *args, seed: int = 0, **options) -> None:
@@ -354,7 +377,8 @@ def _modules() -> dict[str, ModuleType]:
         mbarrier=SimpleNamespace(MBarrierLayout=layout, init=_init, expect=_expect, arrive=_arrive, wait=_wait),
     )  # fmt: skip
     vars(compat).update(
-        NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, group_sync=_group_sync, tma_load=_tma_load,
+        NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, named_barrier=_named_barrier,
+        group_sync=lambda number, threads: _named_barrier("sync", number, threads), thread_barrier=lambda: None, tma_load=_tma_load,
         tma_reduce_add=_tma_reduce_add, tma_store=_tma_store,
     )  # fmt: skip
     stats = ModuleType("stats")

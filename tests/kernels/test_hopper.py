@@ -231,3 +231,25 @@ def test_the_backward_launches_what_the_compile_check_compiles(monkeypatch, head
     for launched in passes:
         sources = [source for source in compiled.values() if source[0] is launched[0]]
         agree(sources[0], launched, dtype)
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (59, 59), (128, 128), (100, 128)])
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+def test_every_variant_of_the_one_pass_is_launched_as_it_is_compiled(monkeypatch, head_dims, out):
+    launches = []
+    monkeypatch.setattr(gradients, "launch", lambda kernel, grid, *args, **options: launches.append((kernel, grid, args, options)))
+    sides = configs.fit(configs.BACKWARD, *head_dims)
+    assert sides
+    D, Dv = head_dims
+    q, k, v, dout = (torch.zeros(1, 200, 2, n, dtype=torch.bfloat16) for n in (D, D, Dv, Dv))
+    lse, tiles = torch.zeros(1, 2, 200), packed((0, 200), (0, 200), Mask(right=0))
+    staged = set()
+    for name, config in configs.BACKWARD_VARIANTS[sides].items():
+        if config.one_pass:
+            kernel = HopperKernel(None, {sides: config})
+            kernel.backward(dout, q, k, v, lse, lse, tiles, 1, dkv_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[out])
+            agree(check.keys_source(sides, config.one_pass, "bf16", out, columns=head_dims), launches[-1], "bf16")
+            if launches[-1][2][launches[-1][0].arg_names.index("desc_dk")]:
+                staged.add(name)
+    wanted = {name for name, config in configs.BACKWARD_VARIANTS[sides].items() if config.one_pass and config.one_pass.staged}
+    assert staged == (wanted if out == "bf16" and head_dims in [(64, 64), (128, 128)] else set())

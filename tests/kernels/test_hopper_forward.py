@@ -65,7 +65,7 @@ def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, 
 
 @pytest.mark.parametrize(
     ("head_dim", "variant"),
-    [(64, "wg2"), (64, "wg3nb3"), (64, "simple"), (64, "plain"), (64, "two_q"), (64, "ahead_staged"), (96, "simple"),
+    [(64, "wg2"), (64, "wg3nb3"), (64, "simple"), (64, "plain"), (64, "two_q"), (64, "ahead"), (96, "simple"),
      (96, "ahead_staged"), (128, "ahead"), (128, "two_q"), (128, "one_q"), (192, "ahead"), (256, "one_q")],
 )  # fmt: skip
 def test_variants_with_many_items_a_program(head_dim, variant):

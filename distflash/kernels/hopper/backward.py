@@ -14,6 +14,8 @@
 Barriers (count): kv_full (1, TMA), NB each of q_full, do_full (1, TMA), q_empty, do_empty (2). dS has two buffers. HALVES: named barrier
 10, dS of both is stored; at that of step i the other has finished dQ of step i - 1, so buffer i + 1 is free without a second one.
 REDUCER: two each of ds_full (2) and ds_empty (1).
+NAMED: instead of q_empty and do_empty the named barriers 11 and 12, one a slot; of a REDUCER's ds_full, 13 and 14. SENDER: 9 and 13, dQ of
+a consumer is stored; 14 and 15, its buffer is free. With desc_dk, 11 once more at the end: dK and dV are in the buffers of Q and dO.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
 """
 
@@ -24,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper import configs
-from distflash.kernels.hopper.compat import group_sync, tma_load, tma_reduce_add
+from distflash.kernels.hopper.compat import group_sync, named_barrier, thread_barrier, tma_load, tma_reduce_add, tma_store
 from distflash.kernels.hopper.forward import again, as_operand, lines, tile_of
 
 HALVES = gl.constexpr(configs.HALVES)
@@ -43,13 +45,20 @@ def place(busy, per, kv_heads):
 
 @gluon.jit
 def probabilities(MASK: gl.constexpr, s, nlse, qs, n0, low, high):
-    """exp2(s * qs - lse) of [64 keys, BM queries]; 0 outside the band."""
+    """exp2(s * qs - lse) of [64 keys, BM queries], nlse of shared memory; 0 outside the band."""
+    s_l: gl.constexpr = s.type.layout
+    return exponentials(MASK, s, nlse.load(gl.SliceLayout(0, s_l)), qs, n0, low, high)
+
+
+@gluon.jit
+def exponentials(MASK: gl.constexpr, s, nlse, qs, n0, low, high):
+    """`probabilities`, nlse in registers."""
     s_l: gl.constexpr = s.type.layout
     BM: gl.constexpr = s.type.shape[1]
     if MASK:
         cols = n0 + gl.arange(0, BM, layout=gl.SliceLayout(0, s_l))
         s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
-    return gl.exp2(gl.fma(s, qs, nlse.load(gl.SliceLayout(0, s_l))[None, :]))
+    return gl.exp2(gl.fma(s, qs, nlse[None, :]))
 
 
 @gluon.jit
@@ -67,15 +76,31 @@ def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.cons
 
 
 @gluon.jit
+def hand_dq(cid: gl.constexpr, dq_s, dq, scale, FOLD: gl.constexpr):
+    """Leave this consumer's half of dQ to the sender."""
+    if not FOLD:
+        dq = dq * scale
+    named_barrier("sync", 14 + cid, 160)  # the last step's copy has read the buffer
+    thread_barrier()  # for the next step's dS, which Triton would put it in front of; here dK is running
+    dq_s.store(dq)
+    fence_async_shared()
+    named_barrier("arrive", 9 if cid == 0 else 13, 160)
+
+
+@gluon.jit
 def step(
     cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr,
-    DQ: gl.constexpr, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs,
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, SENDER: gl.constexpr, HIDE: gl.constexpr,
+    DQ: gl.constexpr, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs,
     scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
     """The next tile of queries; `state` counts them, modulo 16.
 
     OVERLAP: `s` comes in ready, and the next tile's is computed beside this one's dQ and dK.
-    LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less."""
+    LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less.
+    PROMPT: lse and delta are read before the products that they follow are waited for; with LATE, dV is issued before dS is fenced.
+    NAMED: Q and dO are given back together, at a named barrier, which stops nobody (an mbarrier's arrival is behind a bar.sync).
+    SENDER: dQ is left to a warp of its own. HIDE: where K and V lie is not kept in registers from step to step."""
     s_l: gl.constexpr = zs.type.layout
     kv_l: gl.constexpr = dk.type.layout
     state = again(state)  # or each address that follows from it becomes a loop variable of its own, spilled
@@ -84,21 +109,34 @@ def step(
     parity = (it // NB) & 1
     q = qb.index(slot)
     do = dob.index(slot)
+    if HIDE:
+        k = kb.index(again(0))
+        ks = k.slice(cid * 64, 64, 0)
+        vs = vb.index(again(0)).slice(cid * 64, 64, 0)
+        if not SPLIT_M:
+            kd = k.slice(cid * (D // 2), D // 2, 1)
     if not OVERLAP:
         mbarrier.wait(qf.index(slot), parity)
         st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
     mbarrier.wait(dof.index(slot), parity)
     dpt = warpgroup_mma(vs, do.permute([1, 0]), zs, use_acc=False, is_async=True)
+    if PROMPT:
+        nlse = st_b.index(slot).load(gl.SliceLayout(0, s_l))
     if not OVERLAP:
         s = warpgroup_mma_wait(1, deps=[st])
-    p = probabilities(MASK, s, st_b.index(slot), qs, n0, low, high)
+    if PROMPT:
+        p = exponentials(MASK, s, nlse, qs, n0, low, high)
+        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
+    else:
+        p = probabilities(MASK, s, st_b.index(slot), qs, n0, low, high)
     if LATE:
         dp = warpgroup_mma_wait(0, deps=[dpt])
     else:
         pb = as_operand(p, q.dtype, kv_l)
         dv = warpgroup_mma(pb, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dpt])
-    nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
+    if not PROMPT:
+        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
     if FOLD:  # stats hold -delta * scale
         ds = p * gl.fma(dp, fold, nde[None, :])
     else:
@@ -107,46 +145,62 @@ def step(
     mine = dsb.index(it % 2)
     if DQ == HALVES:
         mine.slice(cid * 64, 64, 0).store(ds16)
-        fence_async_shared()
+        if not (PROMPT and LATE):
+            fence_async_shared()
     if LATE:
         pb = as_operand(p, q.dtype, kv_l)
         dv = warpgroup_mma(pb, do, dv, is_async=True)
     if DQ == HALVES:
+        if PROMPT and LATE:
+            fence_async_shared()
         group_sync(10, 256)
     if DQ == REDUCER:
         mbarrier.wait(dse.index(it % 2), 1 - ((it // 2) & 1))
         mine.slice(cid * 64, 64, 0).store(ds16)
         fence_async_shared()
-        mbarrier.arrive(dsf.index(it % 2), count=1)
+        if NAMED:
+            named_barrier("arrive", 13 + it % 2, 384)
+        else:
+            mbarrier.arrive(dsf.index(it % 2), count=1)
     dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
     if DQ == HALVES:
         if SPLIT_M:
             dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
         else:
             dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
-    if LATE and DQ == HALVES:
+    SOON: gl.constexpr = LATE or (PROMPT and OVERLAP)  # P's operand goes before the next Sᵀ comes
+    if SOON and DQ == HALVES:
         dv, pb = warpgroup_mma_wait(1, deps=[dv, pb])
-        mbarrier.arrive(doe.index(slot), count=1)
+        if not NAMED:
+            mbarrier.arrive(doe.index(slot), count=1)
     dk = warpgroup_mma(dsr, q, dk, is_async=True)
     if OVERLAP:
         mbarrier.wait(qf.index((it + 1) % NB), ((it + 1) // NB) & 1)
         st = warpgroup_mma(ks, qb.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
     behind: gl.constexpr = 2 if OVERLAP else 1
     if DQ == HALVES:
-        if LATE:
+        if SOON:
             dq = warpgroup_mma_wait(behind, deps=[dqt])
         else:
             dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
-            mbarrier.arrive(doe.index(slot), count=1)
-        send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
+            if not NAMED:
+                mbarrier.arrive(doe.index(slot), count=1)
+        if SENDER:
+            hand_dq(cid, dq_s, dq, scale, FOLD)
+        else:
+            send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
     else:
         dv, pb = warpgroup_mma_wait(behind, deps=[dv, pb])
-        mbarrier.arrive(doe.index(slot), count=1)
+        if not NAMED:
+            mbarrier.arrive(doe.index(slot), count=1)
     if OVERLAP:
         dk, dsr, s = warpgroup_mma_wait(0, deps=[dk, dsr, st])
     else:
         dk, dsr = warpgroup_mma_wait(0, deps=[dk, dsr])
-    mbarrier.arrive(qe.index(slot), count=1)
+    if NAMED:
+        named_barrier("arrive", 11 + slot, 288)
+    else:
+        mbarrier.arrive(qe.index(slot), count=1)
     return s, dk, dv, (state & -16) | ((state + 1) & 15)
 
 
@@ -158,10 +212,10 @@ def extent(segments, sg):
 
 
 @gluon.jit
-def band(segments, sg, start, stop, r_l: gl.constexpr):
+def band(segments, sg, start, stop, r_l: gl.constexpr, HIDE: gl.constexpr = False):
     """The queries low <= i < high that each of 64 keys from `start` meets in a segment: none past the block's `stop`."""
     at = segments + 8 * sg
-    rows = start + gl.arange(0, 64, layout=r_l)
+    rows = start + (lines(r_l) if HIDE else gl.arange(0, 64, layout=r_l))
     low = gl.maximum(rows + gl.load(at + 2), gl.load(at + 7))
     high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
     return low, gl.where(rows < stop, high, -(1 << 30))
@@ -207,10 +261,47 @@ def store_keys(out, x, blocks, busy, per, kv_heads, t_k, first: gl.constexpr, CO
 
 
 @gluon.jit
+def whole(blocks, busy, per, kv_heads, t_k, first: gl.constexpr):
+    """Whether TMA can write the 64 keys from `first` of this program's block: what lies past the last key of all, it leaves out."""
+    block, b, kv = place(again(busy), again(per), again(kv_heads))
+    row = gl.load(blocks + 4 * block) + first
+    stop = gl.load(blocks + 4 * block + 1)
+    return b, kv, row, (row + 64 <= stop) | (stop == again(t_k))
+
+
+@gluon.jit
+def leave(cid: gl.constexpr, qb, dob, DK, DV, dk, dv, blocks, busy, per, kv_heads, t_k, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr):
+    """dK and dV of 64 keys into buffers of Q and dO, from which the producer sends them: nobody reads or fills these any more."""
+    group_sync(10, 256)
+    _, _, _, all_there = whole(blocks, busy, per, kv_heads, t_k, cid * 64)
+    if all_there:
+        qb.index(cid).store(dk.to(qb.dtype))
+        dob.index(cid).store(dv.to(qb.dtype))
+        fence_async_shared()
+    else:
+        store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
+        store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
+    named_barrier("arrive", 11, 288)
+
+
+@gluon.jit
+def send_keys(desc_dk, desc_dv, qb, dob, blocks, busy, per, kv_heads, t_k):
+    """The producer's part of `leave`."""
+    named_barrier("sync", 11, 288, 1)
+    for c in gl.static_range(2):
+        b, kv, row, all_there = whole(blocks, busy, per, kv_heads, t_k, c * 64)
+        if all_there:
+            tma_store(desc_dk, [b, kv, row, 0], qb.index(c))
+            tma_store(desc_dv, [b, kv, row, 0], dob.index(c))
+    tma.store_wait(0)
+
+
+@gluon.jit
 def consumer(
-    cid: gl.constexpr, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs, scale, fold,
-    busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr,
-    OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr
+    cid: gl.constexpr, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
+    scale, fold, busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
+    NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr,
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, SENDER: gl.constexpr, HIDE: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     SPLIT_M: gl.constexpr = BM == 128
@@ -245,33 +336,63 @@ def consumer(
     while (again(state) >> 4) < group * n_segments(blocks, busy, per, kv_heads):
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
-        low, high = band(segments, sg, start + cid * 64, stop, r_l)
+        low, high = band(segments, sg, start + cid * 64, stop, r_l, HIDE)
         masked = total - inner
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, SPLIT_M, DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse,
-                s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
+                cid, True, OVERLAP, True, FOLD, SPLIT_M, False, NAMED, SENDER, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, DQ, desc_dq, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse,
-                s, dk, dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
+                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, PROMPT, NAMED, SENDER, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
     if not FOLD:
         dk = dk * scale
-    store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
-    store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
-    tma.store_wait(0)
+    if desc_dk is None:
+        store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
+        store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
+    else:
+        leave(cid, qb, dob, DK, DV, dk, dv, blocks, busy, per, kv_heads, t_k, COLUMNS, COLUMNS_V)
+    if SENDER:
+        named_barrier("sync", 14 + cid, 160)
+    else:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def sender(desc_dq, dqb, blocks, segments, busy, per, kv_heads, group, BM: gl.constexpr, D: gl.constexpr):
+    """The warp that adds both halves of dQ to global memory. Named barriers of 160 threads: 9 and 13, dQ of a consumer is stored; 14 and
+    15, its buffer is free."""
+    block, b, kv = place(busy, per, kv_heads)
+    seg = gl.load(blocks + 4 * block + 2)
+    n_seg = gl.load(blocks + 4 * block + 3)
+    named_barrier("arrive", 14, 160, 1)
+    named_barrier("arrive", 15, 160, 1)
+    for h in range(kv * group, kv * group + group):
+        for sg in range(seg, seg + n_seg):
+            first, left, inner, total = extent(segments, sg)
+            for i in range(total):
+                n0 = first + tile_of(i, left, inner, total - inner) * BM
+                named_barrier("sync", 9, 160, 1)
+                tma_reduce_add(desc_dq, [b, h, n0, 0], dqb.index(0))
+                named_barrier("sync", 13, 160, 1)
+                tma_reduce_add(desc_dq, [b, h, n0, D // 2], dqb.index(1))
+                tma.store_wait(1)
+                named_barrier("arrive", 14, 160, 1)
+                tma.store_wait(0)
+                named_barrier("arrive", 15, 160, 1)
 
 
 @gluon.jit
 def reducer(
     desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM: gl.constexpr, D: gl.constexpr,
-    FOLD: gl.constexpr
+    FOLD: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
     """dQ = dS K of every step, 64 x 64 at a time, and its way out through two buffers."""
     q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -290,7 +411,10 @@ def reducer(
             for i in range(total):
                 n0 = first + tile_of(i, left, inner, total - inner) * BM
                 slot = it % 2
-                mbarrier.wait(dsf.index(slot), (it // 2) & 1)
+                if NAMED:
+                    named_barrier("sync", 13 + slot, 384)
+                else:
+                    mbarrier.wait(dsf.index(slot), (it // 2) & 1)
                 for c in gl.static_range(PIECES):
                     ds = dsb.index(slot).slice(c // WIDE * 64, 64, 1).permute([1, 0])
                     dq = warpgroup_mma(ds, k.slice(c % WIDE * 64, 64, 1), zq, use_acc=False, is_async=True)
@@ -309,10 +433,13 @@ def reducer(
 
 
 @gluon.jit
-def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr):
+def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr,
+    NAMED: gl.constexpr
+):  # fmt: skip
     """Tile `it` of Q and lse (FIRST 0), or of dO and delta (FIRST NB, where delta begins in `stats`), into its slot."""
     slot = it % NB
-    mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
+    if not NAMED:
+        mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
     mbarrier.expect(full.index(slot), BYTES)
     tma_load(desc, [b, h, n0, 0], full.index(slot), tiles.index(slot))
     tma_load(desc_stat, [line + n0], full.index(slot), stats.index(FIRST + slot))
@@ -320,9 +447,9 @@ def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, i
 
 @gluon.jit
 def producer(
-    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks, segments, busy, per,
-    kv_heads, group, t_pad, KEYS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, NB: gl.constexpr,
-    OVERLAP: gl.constexpr
+    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
+    segments, busy, per, kv_heads, group, t_pad, t_k, KEYS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
+    NB: gl.constexpr, OVERLAP: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
     """The TMA warp: K and V once, then Q and dO tile by tile."""
     BYTES: gl.constexpr = BM * D * 2 + BM * 4
@@ -341,25 +468,39 @@ def producer(
             first, left, inner, total = extent(segments, sg)
             for i in range(total):
                 n0 = first + tile_of(i, left, inner, total - inner) * BM
-                load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB)
-                load_rows(desc_do, desc_delta, dob, st_b, dof, doe, NB, it, b, h, n0, line, BYTES_V, NB)
+                if NAMED:  # noqa: SIM102 - decided at compile time, the other is not
+                    if it >= NB:
+                        named_barrier("sync", 11 + it % NB, 288, 1)
+                load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB, NAMED)
+                load_rows(desc_do, desc_delta, dob, st_b, dof, doe, NB, it, b, h, n0, line, BYTES_V, NB, NAMED)
                 it += 1
+    last = gl.maximum(it - NB, 0)
     if OVERLAP:  # the last step computes one Sᵀ too many, of any queries
-        load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB)
+        if NAMED:  # noqa: SIM102
+            if it >= NB:
+                named_barrier("sync", 11 + it % NB, 288, 1)
+                last += 1
+        load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB, NAMED)
+    if NAMED:  # no barrier is left half full
+        for i in range(last, it):
+            named_barrier("sync", 11 + i % NB, 288, 1)
+    if desc_dk is not None:
+        send_keys(desc_dk, desc_dv, qb, dob, blocks, busy, per, kv_heads, t_k)
 
 
 @gluon.jit(do_not_specialize=["busy", "per", "kv_heads", "group", "t_pad", "t_k"])
 def backward_kernel(
-    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dq, DK, DV, blocks, segments, qs, scale, fold, busy, per,
+    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dq, desc_dk, desc_dv, DK, DV, blocks, segments, qs, scale, fold, busy, per,
     kv_heads, group, t_pad, t_k,
     BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
-    LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr,
-    REGS_P: gl.constexpr
+    LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, PROMPT: gl.constexpr, NAMED: gl.constexpr,
+    SENDER: gl.constexpr, HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
     desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64] for a
     reducer, else [BM, D / 2], or [64, D] where BM is 128;
-    DK, DV [B, Tk, Hk, COLUMNS or COLUMNS_V], contiguous; D is the smallest tile that holds both."""
+    DK, DV [B, Tk, Hk, COLUMNS or COLUMNS_V], contiguous; desc_dk, desc_dv: of these, boxes [64, D], or None: all by direct stores;
+    D is the smallest tile that holds both."""
     dtype: gl.constexpr = desc_q.dtype
     DQ_SIDE: gl.constexpr = 64 if DQ == REDUCER else (D if BM == 128 else D // 2)
     ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
@@ -392,29 +533,54 @@ def backward_kernel(
         mbarrier.init(dsf.index(i), count=2)
         mbarrier.init(dse.index(i), count=1)
     fence_async_shared()
+    gl.static_assert(NB == 2 or not NAMED)  # numbers 11 and 12
+    gl.static_assert(not SENDER or (DQ == HALVES and BM == 64))
+    gl.static_assert(not HIDE or not KV_REGS)
+    gl.static_assert(desc_dk is None or (NB >= 2 and BM == 64))
     if DQ == REDUCER:
         gl.warp_specialize(
             [
-                (reducer, (desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM, D, FOLD)),
-                (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
-                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
-                (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
-                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
-                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
-                 segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
+                (reducer, (desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM, D, FOLD,
+                 NAMED)),
+                (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
+                 qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],
             [4, 4, 1],
             [REGS, REGS, REGS_P],
         )  # fmt: skip
+    elif SENDER:
+        gl.warp_specialize(
+            [
+                (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
+                 qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
+                (sender, (desc_dq, dqb, blocks, segments, busy, per, kv_heads, group, BM, D)),
+            ],
+            [4, 1, 1],
+            [REGS, REGS_P, REGS_P],
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
-                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
-                (consumer, (1, desc_dq, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
-                 scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ, KV_REGS)),
-                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
-                 segments, busy, per, kv_heads, group, t_pad, 128, BM, D, D, NB, OVERLAP)),
+                (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
+                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
+                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
+                 qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],
             [4, 1],
             [REGS, REGS_P],

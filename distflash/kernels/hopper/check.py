@@ -37,15 +37,18 @@ _SHARED = 232448  # bytes a block may have on sm_90
 # The configurations are tuned for 3.6, with which torch 2.11 comes; later releases keep more addresses in registers over the loops.
 _KINDS = ("", " running fp32", " fp16", " padded")
 KNOWN_GAPS = {
+    # four addresses of the way out: kept in local memory once a program, read once an item; faster than stores from the matmul's layout
+    "3.6": {"forward D64" + kind: 96 for kind in ("", " fp16")},
     "3.7": {  # none in the hot loops
-        **{"backward D128" + kind: 48 for kind in _KINDS},
-        **{"forward D64" + kind: 32 for kind in _KINDS},
+        **{"forward D64" + kind: 120 for kind in ("", " fp16")},
+        **{"forward D64" + kind: 32 for kind in (" running fp32", " padded")},
         "forward D64 padded running fp32": 72,
         "dq D256/128 running fp32": 64,
         "dq D256 running fp32": 48,
     },
     "3.9": {
-        **{"backward D128" + kind: 1192 for kind in _KINDS},  # 59 loads and stores in the hot loops
+        **{"backward D128" + kind: 476 for kind in ("", " fp16")},  # 34 loads and stores in the hot loops
+        **{"backward D128" + kind: 296 for kind in (" running fp32", " padded")},  # 7
         **{"dkv D128" + kind: 196 for kind in _KINDS},  # 2 in the hot loops; the rest of the backward's: none
         **{"dkv D256" + kind: 84 for kind in _KINDS},
         **{"dq D256/128" + kind: 48 for kind in _KINDS},
@@ -85,10 +88,17 @@ def keys_source(sides: Sides, c: KeysConfig, dtype: str = "bf16", out: str = "bf
     (d, _), columns = sides, columns or sides
     constants = {"BM": c.block_m, "D": d, "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages, "OVERLAP": c.overlap}
     constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "DQ": c.dq if dq else configs.NONE, "KV_REGS": c.kv_regs}
+    constants |= {"PROMPT": c.prompt, "NAMED": c.named, "SENDER": c.sender and dq, "HIDE": c.hide}
     constants |= {"REGS": c.regs[0], "REGS_R": c.regs[1], "REGS_P": c.regs[2]}
     signature = _key_signature(sides, c, dtype, out)
     adds = _descriptor([1, 1, 64, c.dq_width(d)], "fp32")
-    return backward_kernel, signature | {"desc_dq": adds if dq else signature["desc_delta"]}, constants, c.max_regs
+    signature |= {"desc_dq": adds if dq else signature["desc_delta"]}
+    staged = c.staged and out == dtype and all(n % 8 == 0 for n in columns)
+    out_descriptors = ("desc_dk", "desc_dv")
+    if staged:
+        signature |= dict.fromkeys(out_descriptors, _descriptor([1, 1, 64, d], dtype))
+    absent = {} if staged else dict.fromkeys(out_descriptors)
+    return backward_kernel, signature, constants | absent, c.max_regs
 
 
 def roles_source(sides: Sides, c: RolesConfig, dtype: str = "bf16", out: str = "bf16", columns: Sides | None = None):

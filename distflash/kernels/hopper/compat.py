@@ -10,7 +10,17 @@ from triton.experimental.gluon.language import NVMMASharedLayout, _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["LATER", "NVMMASharedLayout", "TensorDescriptor", "group_sync", "tma_load", "tma_reduce_add", "tma_store"]
+__all__ = [
+    "LATER",
+    "NVMMASharedLayout",
+    "TensorDescriptor",
+    "group_sync",
+    "named_barrier",
+    "thread_barrier",
+    "tma_load",
+    "tma_reduce_add",
+    "tma_store",
+]
 
 _RELEASE = tuple(int(n) for n in triton.__version__.split(".")[:2])
 _KNOWN = ((3, 6), (3, 9))  # compiled and inspected with these (check.py); run on a GPU with 3.6 so far
@@ -20,6 +30,8 @@ if not _KNOWN[0] <= _RELEASE <= _KNOWN[1]:
 LATER = _RELEASE >= (3, 8)  # keeps more addresses in registers over the loops: what spills there has another configuration (configs.py)
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # (desc, coordinates, barrier, shared memory)
+
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # of this partition's threads
 
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # (desc, coordinates, shared memory)
 
@@ -34,22 +46,23 @@ else:
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
+@gluon.constexpr_function
+def _bar(verb, threads):
+    return f"bar.{verb} $1, {threads}; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def named_barrier(VERB: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr = 4):
+    """`sync` on, or only `arrive` at, a named barrier of several partitions, THREADS threads in all; once a thread of this one's WARPS.
+
+    Numbers 0..8 belong to Triton (one for each partition and the rejoin barriers); ours start at 9 and end at 15.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    each = gl.full([32 * WARPS], number, gl.int32, layout=layout)
+    gl.inline_asm_elementwise(_bar(VERB, THREADS), "=r,r", [each], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit
 def group_sync(ID: gl.constexpr, THREADS: gl.constexpr):
-    """Named barrier ID over several partitions, THREADS threads in all. Call from 4-warp partitions only: once a thread.
-
-    Ids 0..8 belong to Triton (one for each partition and the rejoin barriers); ours start at 9.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    lane = gl.arange(0, 128, layout=layout)
-    if THREADS == 256:
-        if ID == 9:
-            gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.static_assert(THREADS == 384)
-        if ID == 9:
-            gl.inline_asm_elementwise("bar.sync 9, 384; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.sync 10, 384; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+    """named_barrier("sync", ...) of 4-warp partitions."""
+    named_barrier("sync", ID, THREADS)

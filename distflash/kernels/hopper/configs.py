@@ -43,6 +43,11 @@ class KeysConfig:
     late: bool  # dV is issued after dS, not beside it: fewer registers
     dq: int = HALVES
     kv_regs: bool = False  # K and V are held in registers
+    prompt: bool = False  # lse and delta are read before the matmuls are waited for, dV is issued before dS is fenced
+    named: bool = False  # Q and dO are given back together, at a named barrier
+    sender: bool = False  # a warp of its own adds dQ to global memory; HALVES
+    staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
+    hide: bool = False  # where K and V lie is not kept in registers from step to step
     regs: tuple[int, int, int] = (240, 0, 24)  # consumer, reducer, producer
     max_regs: int = 168
     keys = 128
@@ -93,7 +98,7 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
-    (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE) if not LATER else ForwardConfig(2, 128, 3),
+    (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True) if not LATER else ForwardConfig(2, 128, 3),
     (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True),
     (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True),
     (192, 128): ForwardConfig(2, 128, 2),
@@ -109,7 +114,7 @@ FORWARD_VARIANTS = {
         "plain": ForwardConfig(3, 128, 2, **_THREE),
         "two_q": ForwardConfig(3, 128, 2, q_stages=2, **_THREE),
         "ahead_nb3": ForwardConfig(3, 128, 3, **_AHEAD, **_THREE),
-        "ahead_staged": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True),
+        "ahead": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE),
         "wg2ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
     },
     (96, 96): {
@@ -144,12 +149,16 @@ _REDUCER = {"dq": REDUCER, "regs": (208, 72, 24), "max_regs": 128}  # four warpg
 
 BACKWARD = {
     (64, 64): BackwardConfig(
-        KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER),
+        KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, staged=True, **_REDUCER)
+        if not LATER
+        else KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER),
         dkv=KeysConfig(64, 4, overlap=True, late=False),
         dq=RowsConfig(128, 2, 2),
     ),
     (128, 128): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=True), dkv=KeysConfig(64, 2, overlap=False, late=False), dq=RowsConfig(128, 2, 2)
+        KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True),
+        dkv=KeysConfig(64, 2, overlap=False, late=False),
+        dq=RowsConfig(128, 2, 2),
     ),
     (256, 128): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 2)),
     (256, 256): BackwardConfig(None, dkv=RolesConfig(64, 2), dq=RowsConfig(64, 2, 1)),
@@ -162,12 +171,30 @@ BACKWARD_VARIANTS = {
         "kv_in_memory": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, **_REDUCER)),
         "simple": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
+        "prompt": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, **_REDUCER)),
+        "named": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, named=True, **_REDUCER)),
+        "named_early": replace(_64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
+        "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
+        "sender": replace(_64, one_pass=KeysConfig(64, 2, True, False, prompt=True, named=True, sender=True, hide=True)),
+        "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
+        "late": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
     (128, 128): {
         "early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False)),
         "overlap": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True)),
+        "prompt": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True)),
+        "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
+        "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
+        "sender": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True, sender=True)),
+        "sender_early": replace(_128, one_pass=KeysConfig(64, 2, False, False, prompt=True, hide=True, named=True, sender=True)),
+        "sender_early_overlap": replace(_128, one_pass=KeysConfig(64, 2, True, False, prompt=True, hide=True, named=True, sender=True)),
+        "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "named_staged": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, staged=True)),
+        "sender_staged": replace(
+            _128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, sender=True, staged=True)
+        ),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),

@@ -83,14 +83,17 @@ def _keys(config: KeysConfig, x: _Inputs, dtype: torch.dtype, dq: Tensor | None 
     work = schedule(x.tiles, config.keys, m, x.q.device, transposed=True)
     items = work.busy * B * Hk
     dk, dv = _fresh(x, dtype, work.idle or items == 0)
+    staged = config.staged and dtype == x.q.dtype and all(n % 8 == 0 for n in (D, Dv))  # lines of 16 bytes, as TMA writes them
     if items:
         launch(
             backward_kernel, (items,), *_key_descriptors(config, x, work.reach),
             vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, config.dq_width(side)),
+            *((descriptor(t, Tk, 64, side) if staged else None) for t in (dk, dv)),
             dk, dv, work.blocks, work.segments, *x.scales,
             work.busy, heads_at_once(B * Hk, 8 * Tq * D * H // Hk), Hk, H // Hk, x.nlse.shape[1], Tk,
             m, side, D, Dv, config.stages, config.overlap, config.late, x.q.dtype == torch.bfloat16,
-            NONE if dq is None else config.dq, config.kv_regs, *config.regs,
+            NONE if dq is None else config.dq, config.kv_regs, config.prompt, config.named, config.sender and dq is not None, config.hide,
+            *config.regs,
             num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
     return dk, dv
