@@ -19,7 +19,9 @@ def main() -> int:
         [*python, "benchmarks.bench_portable"],
         *([[*python, "benchmarks.bench_kernel"]] if torch.cuda.get_device_capability() == (9, 0) else []),
         [*python, "distflash", "run", "-n", ranks, "-m", "benchmarks.bench_memory"],
+        *([[*python, "distflash", "run", "-n", ranks, "-m", "benchmarks.bench_ring"]] if ranks != "1" else []),
         [*python, "benchmarks.bench_train"],
+        *([*python, f"benchmarks.paper.{name}"] for name in ("attention", "memory", "hbm", "sparse", "context")),
         [*python, "benchmarks.figures"],
     ]
     return next((code for program in programs if (code := subprocess.run(program).returncode)), 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,8 @@ def expected(tokens: int, heads: int, kv_heads: int, ranks: int) -> tuple[int, i
 
 def measure(group: dist.ProcessGroup | None, tokens: int, heads: int, kv_heads: int, ranks: int) -> dict[str, int]:
     """Bytes above the inputs at the peak of the forward and of the backward, of this rank."""
-    sp = distflash.SequenceParallel(group) if group is not None else distflash.SequenceParallel.single()
+    scheme: dict[str, Any] = {"layout": "zigzag", "order": "ring", "wire": "p2p"}  # what `expected` is of
+    sp = distflash.SequenceParallel(group, **scheme) if group is not None else distflash.SequenceParallel.single()
     seq = sp.sequence(tokens * ranks)
     q, dout = (torch.randn(B, tokens, heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(B, tokens, kv_heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))

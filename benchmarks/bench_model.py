@@ -3,7 +3,7 @@
     distflash run -n 4 -m benchmarks.bench_model          P = 1, 2 and 4 in one run, each among the first P ranks
 
 Causal, bf16 on GPUs and fp32 on CPUs, one document. A time is the median over repeats of the slowest rank's. For each cell of length and
-heads, `regret` is how much longer the scheme takes that the model ranks first than the fastest one measured.
+heads, what "auto" stands for is measured too, and `regret` is how much longer it takes than the fastest one measured.
 Legend: S global tokens, H query heads, Hk key/value heads, D head dim, P ranks.
 """
 
@@ -23,6 +23,7 @@ from rich.table import Table
 
 import distflash
 from benchmarks.record import RESULTS, write
+from distflash.cost import auto
 from distflash.cost.choose import Candidate, judge
 from distflash.cost.devices import Device, find, network
 from distflash.cost.time import Cluster
@@ -36,7 +37,7 @@ D = 128
 
 
 def schemes(ranks: int) -> Iterator[Scheme]:
-    """Ring, all-gather, Ulysses, and both together."""
+    """Ring, all-gather, Ulysses, and both together; the first is the usual one."""
     yield Scheme("zigzag", "ring", 1, ranks, ranks)
     if ranks > 1:
         yield Scheme("zigzag", "all_gather", 1, ranks, ranks)
@@ -45,9 +46,9 @@ def schemes(ranks: int) -> Iterator[Scheme]:
         yield Scheme("zigzag", "ring", 2, ranks, ranks)
 
 
-def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape: Shape, repeats: int) -> dict[str, float]:
+def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape: Shape, repeats: int, wire: str) -> dict[str, float]:
     """Seconds by pass, of the slowest rank. A collective."""
-    options: dict[str, Any] = {"layout": scheme.layout, "order": scheme.order, "ulysses": scheme.ulysses}
+    options: dict[str, Any] = {"layout": scheme.layout, "order": scheme.order, "ulysses": scheme.ulysses, "wire": wire}
     sp = distflash.SequenceParallel(group, **options) if group is not None else distflash.SequenceParallel.single()
     seq, device = sp.sequence(length), sp.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -77,25 +78,34 @@ def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape:
     return {pass_: median(times) for pass_, times in found.items()}
 
 
-def predict(device: Device, scheme: Scheme, length: int, shape: Shape) -> Candidate:
+def predict(device: Device, scheme: Scheme, length: int, shape: Shape, wire: str) -> Candidate:
     """What `distflash plan` says of it; NICs are not used on one host."""
     cu = (0, length)
-    return judge(
-        scheme, "p2p", cu, Mask(None, 0, cu), shape, Cluster(device, scheme.ranks, scheme.ranks, network(400)), ("layout", "order")
-    )
+    return judge(scheme, wire, cu, Mask(None, 0, cu), shape, Cluster(device, scheme.ranks, scheme.ranks, network(400)), ("layout", "order"))
+
+
+def chosen(device: Device, ranks: int, length: int, shape: Shape, wire: str) -> Scheme:
+    """What "auto" stands for."""
+    usual = next(schemes(ranks))
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    layout, order, ulysses, _ = auto.choice(usual, ("layout", "order", "ulysses"), (0, length), heads, device, wire)
+    return Scheme(layout, order, ulysses, ranks, ranks)
 
 
 def rows_of(
-    device: Device, group: dist.ProcessGroup | None, ranks: int, lengths: Sequence[int], heads: Sequence[tuple[int, int]], repeats: int
-) -> list[dict[str, Any]]:
+    device: Device, group: dist.ProcessGroup | None, ranks: int, lengths: Sequence[int], heads: Sequence[tuple[int, int]], repeats: int,
+    wire: str = "p2p",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Every scheme of every cell. A collective."""
     rows = []
     for length in lengths:
         for h, kv in heads:
             shape = Shape(h, kv, D, D, itemsize=device.itemsize)
-            for scheme in schemes(ranks):
-                found, awaited = measure(group, scheme, length, shape, repeats), predict(device, scheme, length, shape)
-                about = {"ranks": ranks, "S": length, "H": h, "Hk": kv, "order": scheme.order, "ulysses": scheme.ulysses}
+            best = chosen(device, ranks, length, shape, wire)
+            for scheme in dict.fromkeys([*schemes(ranks), best]):
+                found, awaited = measure(group, scheme, length, shape, repeats, wire), predict(device, scheme, length, shape, wire)
+                how = {"layout": scheme.layout, "order": scheme.order, "ulysses": scheme.ulysses, "wire": wire, "auto": scheme == best}
+                about = {"ranks": ranks, "S": length, "H": h, "Hk": kv, **how}
                 rows += [{**about, "pass": p, "seconds": found[p], "predicted": awaited.passes[p].seconds} for p in PASSES]
     return rows
 
@@ -105,18 +115,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     errors = [abs(r["predicted"] / r["seconds"] - 1) for r in rows]
     regrets = []
     for _, cell in groupby(rows, key=lambda r: (r["ranks"], r["S"], r["H"], r["Hk"])):
-        both: dict[tuple[str, int], list[float]] = {}
+        took: dict[tuple[str, str, int, bool], float] = {}
         for r in cell:
-            total = both.setdefault((r["order"], r["ulysses"]), [0.0, 0.0])
-            total[0], total[1] = total[0] + r["predicted"], total[1] + r["seconds"]
-        chosen = min(both.values())[1]  # by prediction
-        regrets.append(chosen / min(measured for _, measured in both.values()) - 1)
+            key = r["layout"], r["order"], r["ulysses"], r["auto"]
+            took[key] = took.get(key, 0.0) + r["seconds"]
+        regrets.append(next(seconds for (*_, auto), seconds in took.items() if auto) / min(took.values()) - 1)
     return {"median_error": median(errors), "worst_error": max(errors), "worst_regret": max(regrets)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="as `distflash plan --device` takes it; default: the one that is here")
+    parser.add_argument("--wire", choices=("p2p", "symmetric"), default="p2p")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -126,17 +136,18 @@ def main() -> None:
     for ranks in (p for p in (1, 2, 4, 8) if p <= world.size):
         group = dist.new_group(list(range(ranks))) if world.size > 1 else None
         if world.rank < ranks:
-            rows += rows_of(device, group if ranks > 1 else None, ranks, LENGTHS, HEADS, options.repeats)
+            rows += rows_of(device, group if ranks > 1 else None, ranks, LENGTHS, HEADS, options.repeats, options.wire)
         if world.size > 1:
             dist.barrier()
     if world.is_main:
-        table = Table("P", "S", "H", "order", "ulysses", "pass", "measured ms", "predicted ms", "error")
+        table = Table("P", "S", "H", "layout", "order", "ulysses", "pass", "measured ms", "predicted ms", "error")
         for r in rows:
             cells = f"{1e3 * r['seconds']:.2f}", f"{1e3 * r['predicted']:.2f}", f"{r['predicted'] / r['seconds'] - 1:+.0%}"
-            table.add_row(str(r["ranks"]), str(r["S"]), f"{r['H']}/{r['Hk']}", r["order"], str(r["ulysses"]), r["pass"], *cells)
+            how = r["layout"], r["order"] + ", auto" * r["auto"], str(r["ulysses"]), r["pass"]
+            table.add_row(str(r["ranks"]), str(r["S"]), f"{r['H']}/{r['Hk']}", *how, *cells)
         found = summary(rows)
         Console(width=120).print(table, found)
-        write(f"model_{world.size}x{device.name.lower()}", rows, options.out, basis=device.basis, **found)
+        write(f"model_{world.size}x{device.name.lower()}_{options.wire}", rows, options.out, basis=device.basis, **found)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distflash.cost.auto import NIC
 from distflash.cost.devices import find, network
 from distflash.cost.memory import peak
 from distflash.cost.time import Cluster, Rank
@@ -21,8 +22,6 @@ from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
 from distflash.validate import check_shards, check_tensors, check_variants, sees
 
-_NIC = 400  # Gbit/s that are assumed between hosts
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -33,6 +32,7 @@ class Explanation:
     kernel: str
     passed_over: tuple[tuple[str, str], ...]  # (kernel, reason), in the order in which they were tried
     scheme: str
+    why: str  # this scheme
     visits: int  # steps at which this rank computes or exchanges something
     busy_visits: int  # of those, steps at which it computes: blocks of which some pair is kept
     tiles: int
@@ -52,6 +52,7 @@ class Explanation:
         rows = [f"kernel    {self.kernel}", *(f"          not {name}: {reason}" for name, reason in self.passed_over)]
         rows += [
             f"scheme    {self.scheme}",
+            f"          why: {self.why}",
             f"plan      {self.visits} visits, {self.busy_visits} of them with work, {self.tiles} tiles",
             f"mask      keeps {self.pairs_kept} of {self.pairs} pairs of a query and a key, {self.pairs_kept / max(self.pairs, 1):.2%}",
             f"work      {self.forward_flops:.3e} FLOPs forward, {self.backward_flops:.3e} backward",
@@ -104,18 +105,18 @@ def explain(
     if seq is None:
         cu = (0, q_len), (0, k_len)
         visits, scheme, spans = alone(packed(*cu, sees(mask, causal, window_size, *cu))), Scheme("contiguous", "ring", 1, 1, 1), ()
-        rank, all_keys, how = 0, k_len, "one device, nothing is sent"
+        rank, all_keys, how, why = 0, k_len, "one device, nothing is sent", "no sequence was given"
     else:
-        sp, rank, all_keys = seq.sp, seq.sp.rank, seq.length
+        sp, rank, all_keys, why = seq.sp, seq.sp.rank, seq.length, seq.why
         visits, spans = seq.visits(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)), gathered(seq.layout, sp.ulysses)
         scheme = Scheme(sp.layout, sp.order, sp.ulysses, sp.size, sp.wire.per_node)
-        how = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire.name}"
+        how = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire_name}"
     mine = Share(scheme, spans, shape, rank, visits)
     sent = {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
     kept = sum(visit.tiles.area for visit in visits)
-    forward, backward, exposed, basis = _predicted(mine, device, "p2p" if seq is None else seq.sp.wire.name)
+    forward, backward, exposed, basis = _predicted(mine, device, "p2p" if seq is None else seq.sp.wire_name)
     return Explanation(
-        chosen, passed_over, how, len(visits), sum(bool(visit.tiles) for visit in visits), sum(len(visit.tiles) for visit in visits),
+        chosen, passed_over, how, why, len(visits), sum(bool(visit.tiles) for visit in visits), sum(len(visit.tiles) for visit in visits),
         kept, visits[0].tiles.q_len * all_keys, mine.shape.flops("forward") * kept, mine.shape.flops("backward") * kept,
         sent["forward"], sent["backward"], max(peak(mine).values()), forward, backward, exposed, basis,
     )  # fmt: skip
@@ -134,7 +135,7 @@ def _predicted(mine: Share, device: torch.device, wire: str) -> tuple[float | No
     if link is None or mine.shape.itemsize != known.itemsize:
         rates = f"{known.name}'s rates are of {8 * known.itemsize}-bit inputs over {', '.join(known.wires)}"
         return None, None, None, f"{rates}, this is {8 * mine.shape.itemsize} over {wire}"
-    cluster = Cluster(known, scheme.ranks, scheme.per_node, network(_NIC), link)
+    cluster = Cluster(known, scheme.ranks, scheme.per_node, network(NIC), link)
     passes = Rank(mine, cluster).passes()
-    basis = known.basis + (f"; {_NIC} Gbit/s between hosts assumed" if scheme.ranks > scheme.per_node else "")
+    basis = known.basis + (f"; {NIC} Gbit/s between hosts assumed" if scheme.ranks > scheme.per_node else "")
     return passes["forward"].seconds, passes["backward"].seconds, sum(one.exposed for one in passes.values()), basis

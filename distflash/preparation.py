@@ -20,6 +20,7 @@ from distflash.parallel import handles
 from distflash.parallel.agreement import mask_words
 from distflash.parallel.autograd import CLOCK, Scheme, Variants
 from distflash.parallel.mask import AnyMask, packed
+from distflash.parallel.messages import Messages
 from distflash.parallel.plan import alone
 from distflash.parallel.positions import aligned
 from distflash.parallel.sequence import ShardedSequence, borders, needs_gradients
@@ -123,7 +124,7 @@ def _(clock, seq, mask, q, k, v, scale, scale_tensor, slopes, sinks, cu_q, cu_k,
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
-_ALONE = LocalGroup(1).wire(0)  # nobody to talk to
+_ALONE = Messages(LocalGroup(1).wire(0))  # nobody to talk to
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Tile:
         q, kv = slice(self.q.start + i0, self.q.start + i1), slice(self.kv.start + j0, self.kv.start + j1)
         return Tile(q, kv, Band(lo - j0 + i0, hi - j0 + i0))
 
+    def within(self, keys: range) -> Tile | None:
+        """What is kept of it among some of the keys, which are counted from the first of these. None if nothing is."""
+        start, stop = max(self.kv.start, keys.start), min(self.kv.stop, keys.stop)
+        ahead = start - self.kv.start
+        kv = slice(start - keys.start, stop - keys.start)
+        return Tile(self.q, kv, Band(self.band.lo - ahead, self.band.hi - ahead)).cropped() if start < stop else None
+
     @classmethod
     def whole(cls, q: slice, kv: slice) -> Tile:
         """The rectangle without a mask."""
@@ -86,6 +94,15 @@ class Tiles:
 
     def __len__(self) -> int:
         return len(self.tiles)
+
+    @cached_property
+    def keys(self) -> range:
+        """From the first to the last local key that some query sees."""
+        return range(min((t.kv.start for t in self.tiles), default=0), max((t.kv.stop for t in self.tiles), default=0))
+
+    def within(self, keys: range) -> Tiles:
+        """The rectangles of some of the keys, as a block of their own."""
+        return Tiles(tuple(tile for t in self.tiles if (tile := t.within(keys))), self.q_len, len(keys))
 
     @property
     def area(self) -> int:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 import distflash
+from distflash.parallel.layout import gathered
 from distflash.parallel.sequence import SequenceParallel, ShardedSequence
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Beneath:
 
         Raises ValueError, on every rank, where some that exchange heads hold different numbers of tokens: DeepSpeed's must be equal.
         """
-        if not isinstance(seq, ShardedSequence) or seq.sp is not self.sp:
+        if not isinstance(seq, ShardedSequence) or seq.sp.wire is not self.sp.wire:
             raise TypeError(f"attention needs a sequence made by mpu.sp.sequence(), got {seq!r}")
         if self.sp.ulysses == 1:
             return seq
@@ -48,7 +49,7 @@ class Beneath:
                     f"{u} ranks that exchange heads by DeepSpeed's Ulysses must hold as many tokens each, got {seq.lengths} for "
                     f"{seq.length}: pad the sequence, or call distflash.attention with seq, which needs no padding"
                 )
-            self._sequences[seq] = self.ring.sequence(cu_seqlens=seq.cu_seqlens, mask=seq.balanced_for)
+            self._sequences[seq] = ShardedSequence(self.ring, seq.cu_seqlens, seq.balanced_for, gathered(seq.layout, u), seq.why)
         return self._sequences[seq]
 
     def check_shards(self, seq: Any, tokens: int) -> None:

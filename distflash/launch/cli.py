@@ -1,6 +1,6 @@
 """The command `distflash`. Nothing here imports torch: `distflash --help` answers at once.
 
-train and verify live elsewhere and are imported when they are called; they get the rest of the command line untouched.
+train, verify, plan and bench live elsewhere and are imported when they are called; they get the rest of the command line untouched.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def _later(name: str, module: str, about: str) -> None:
 _later("train", "distflash.train.command", "Train a small language model with attention spread over the ranks.")
 _later("verify", "distflash.launch.verify", "Check this machine's results against exact attention.")
 _later("plan", "distflash.launch.plan", "Rank schemes for a model on a cluster by predicted time.")
+_later("bench", "distflash.launch.bench", "Time attention across ranks beside the bound of one GPU.")
 app.command("doctor")(doctor)
 app.command("run", context_settings={"allow_interspersed_args": False})(run)
 

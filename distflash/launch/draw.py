@@ -138,6 +138,7 @@ def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kerne
     if tokens and k_tokens:
         made = VALUES[values](made, keep_of(call, tokens, k_tokens))
     x = Inputs._make(t.to(device) for t in made)
+    call = call._replace(wire=rng.choice(("p2p", "symmetric")))
     return Case(seed, ranks, per_node, alone, call, x, values, _refusals(call, problem, tokens and k_tokens))
 
 

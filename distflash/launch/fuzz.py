@@ -77,6 +77,8 @@ def _found(case: Case, world: World) -> tuple[int, Results]:
     call, x = case.call, case.x
     if case.alone:
         return trial.run_alone(call, x)
+    if world.size > 1:  # what their devices can
+        call = call._replace(wire="auto")
     return SEED, trial.on_ranks(world.size, case.ranks, call, x, case.per_node)
 
 
@@ -102,7 +104,7 @@ class Tally:
             "head_dim": x.q.shape[3],
             "values": case.values,
         }
-        named = ("layout", "order", "ulysses", "kernel", "strides", "wanted")
+        named = ("layout", "order", "ulysses", "wire", "kernel", "strides", "wanted")
         axes |= {name: getattr(call, name) for name in named}
         for axis, value in axes.items():
             self.covered[axis][str(value)] += 1

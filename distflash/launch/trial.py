@@ -69,6 +69,7 @@ class Call(NamedTuple):
     batched: bool = True  # False: without a batch dimension
     balance: Slices | None = None  # what the layout "balanced" is told
     k_documents: tuple[int, ...] | None = None  # of keys, where they are others: on one device only
+    wire: str = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,8 +137,8 @@ def noise_of(call: Call, x: Inputs, truth: Results, kept: torch.dtype, seed: int
 
     Budgets say what is usual; where results cancel (one-hot softmax, two keys, scores of 50) an error that is no bug is larger. Here
     inputs are rounded as sums of products are in the accumulator's dtype, and those that probabilities are multiplied with as
-    probabilities are in the dtype in which kernels have `kept` them; delta is of an output that was rounded to its dtype, and so is
-    dout behind a sink; a row's probabilities are those of an lse that was rounded in the forward, not in the backward.
+    probabilities are in the dtype in which kernels have `kept` them; delta is of an output that was rounded to its dtype, and so are
+    out before a sink and dout behind it; a row's probabilities are those of an lse that was rounded in the forward, not in the backward.
     """
     # a dot product of n terms errs as sums do whose parts grow like sqrt(n)
     eps = torch.finfo(accumulator(x.q.dtype)).eps * max(1.0, max(x.q.shape[3], x.v.shape[3]) ** 0.5 / 4)
@@ -160,6 +161,8 @@ def noise_of(call: Call, x: Inputs, truth: Results, kept: torch.dtype, seed: int
             around(dlse * row, cast * delta),
         )
         found = truth_of(call, moved, seed=seed)
+        if call.sinks is not None:  # it shrinks an output that was rounded to its dtype
+            found = found._replace(out=around(found.out, cast * found.out.abs()))
         worst = [w if w is None else torch.maximum(w, (a - b).abs().nan_to_num(0.0)) for w, a, b in zip(worst, found, truth, strict=True)]
     return type(truth)(*worst)  # type: ignore[arg-type]
 
@@ -171,7 +174,8 @@ def run_rank(call: Call, x: Inputs, group: Any = None) -> tuple[Tensor, Results]
 
 def sequence(call: Call, x: Inputs, group: Any = None) -> distflash.ShardedSequence:
     """The problem's tokens, shared as it says. A collective."""
-    sp = distflash.SequenceParallel(group, layout=call.layout, order=call.order, ulysses=call.ulysses)  # type: ignore[arg-type]
+    scheme: dict[str, Any] = {name: getattr(call, name) for name in ("layout", "order", "ulysses", "wire")}
+    sp = distflash.SequenceParallel(group, **scheme)
     how: dict[str, Any] = {"length": x.q.shape[1]} if call.documents is None else {"cu_seqlens": call.documents}
     return sp.sequence(**how, mask=call.balance)
 

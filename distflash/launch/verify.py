@@ -54,9 +54,10 @@ class Scheme:
     order: str
     ranks: int
     ulysses: int
+    wire: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}, {self.layout}, {self.order}, P={self.ranks}, U={self.ulysses}"
+        return f"{self.kernel}, {self.layout}, {self.order}, P={self.ranks}, U={self.ulysses}, {self.wire}"
 
 
 GPU_CASES = (
@@ -118,14 +119,14 @@ def verify(
 
         chosen = sizes if world.size > 1 or ranks is not None else None
         raise typer.Exit(0 if fuzzed(world, fuzz, seed, sizes=chosen, kernel=kernel, length=length, file=record) else 1)
-    report = Report(world, sizes)
+    report, moved = Report(world, sizes), wires(world)
     for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
         able, refused = serving(case, world.device, kernel)
         if refused:
             report.say(f"{kernel} cannot serve {case}: {refused}")
         if able:
             trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
-            for scheme in schemes(able, sizes):
+            for scheme in schemes(able, sizes, moved):
                 report.add(case, scheme, *trial.judge(scheme, world))
             report.say(f"{case}: done, {report.count} comparisons so far, {len(report.failures)} out of budget")
     report.print()
@@ -153,8 +154,17 @@ def serving(case: Case, device: torch.device, kernel: str | None) -> tuple[list[
     return [name for name in asked if reasons[name] is None], reasons[kernel] if kernel is not None else None
 
 
-def schemes(kernels: list[str], sizes: list[int]) -> Iterator[Scheme]:
-    """Every layout, order and Ulysses degree, for each kernel and number of ranks."""
+def wires(world: World) -> list[str]:
+    """What moves blocks here: threads can copy as GPUs do that reach each other's memory, processes can if their GPUs do."""
+    if world.size == 1:
+        return ["p2p", "symmetric"]
+    from distflash import SequenceParallel
+
+    return ["p2p", "symmetric"] if SequenceParallel().direct else ["p2p"]
+
+
+def schemes(kernels: list[str], sizes: list[int], wires: list[str]) -> Iterator[Scheme]:
+    """Every layout, order, Ulysses degree and wire, for each kernel and number of ranks."""
     from distflash.parallel.layout import LAYOUTS
     from distflash.parallel.plan import ORDERS
 
@@ -163,7 +173,7 @@ def schemes(kernels: list[str], sizes: list[int]) -> Iterator[Scheme]:
             for layout in LAYOUTS:
                 for order in ORDERS:
                     for ulysses in (u for u in range(1, ranks + 1) if ranks % u == 0):
-                        yield Scheme(name, layout, order, ranks, ulysses)
+                        yield from (Scheme(name, layout, order, ranks, ulysses, wire) for wire in wires[:ranks])
 
 
 class Trial:
@@ -187,7 +197,7 @@ class Trial:
         from distflash.launch.trial import on_ranks
         from distflash.testing import errors
 
-        names = ("kernel", "layout", "order", "ulysses")
+        names = ("kernel", "layout", "order", "ulysses", "wire")
         call = self.call._replace(**{name: getattr(scheme, name) for name in names})
         per_node = scheme.ranks // 2 if scheme.ranks % 2 == 0 else None  # so that a double ring is one
         found = on_ranks(world.size, scheme.ranks, call, self.x, per_node)
@@ -240,7 +250,7 @@ class Report:
 
         cases = list(dict.fromkeys(case for row in self.worst.values() for case in row))
         how = f"{self.world.size} processes" if self.world.size > 1 else f"P = {', '.join(map(str, self.sizes))} as threads"
-        table = Table(title=f"largest relative error against fp64 (out, lse, dq, dk, dv), over every Ulysses degree; {how}")
+        table = Table(title=f"largest relative error against fp64 (out, lse, dq, dk, dv), over every Ulysses degree and wire; {how}")
         for title in ("kernel", "layout", "order", *map(str, cases)):
             table.add_column(title, justify="left" if title in ("kernel", "layout", "order") else "right")
         for key, row in self.worst.items():

@@ -29,7 +29,6 @@ from distflash.parallel import handles, ring
 from distflash.parallel.plan import Visit
 from distflash.parallel.positions import Positions
 from distflash.parallel.ulysses import Ulysses
-from distflash.parallel.wire.base import Wire
 
 CLOCK = torch.zeros(1, dtype=torch.int64, device="cpu")
 TRACE = torch.zeros(1, dtype=torch.int64, device="cpu")  # what stands for it in a trace is one object, made for that trace
@@ -48,7 +47,7 @@ class Scheme:
     """How one attention call is carried out: the plan, who talks to whom, what computes a visit."""
 
     visits: tuple[Visit, ...]
-    wire: Wire  # of the ring
+    carrier: ring.Carrier
     ulysses: Ulysses | None
     kernel: Kernel
     scale: float
@@ -71,7 +70,7 @@ class Scheme:
         return None if self.ulysses is None else self.ulysses.gathered
 
     def asked(self, device: torch.device, slopes: Tensor | None, seed: Tensor | None) -> ring.Asked | None:
-        """What a kernel is asked for, by the owner of the keys: None if there are no variants. Ulysses: of this rank's heads."""
+        """What a kernel is asked for, by the visit: None if there are no variants. Ulysses: of this rank's heads."""
         if (variants := self.variants) is None:
             return None
         mine = None if self.ulysses is None else self.ulysses.heads[self.ulysses.wire.rank]
@@ -79,7 +78,9 @@ class Scheme:
             slopes = slopes.contiguous() if mine is None else slopes[:, mine.start : mine.stop].contiguous()
         dropout = None if seed is None else Dropout(variants.dropout_p, int(seed), 0 if mine is None else mine.start)
         positions = variants.positions
-        return lambda owner: Scores(positions.queries(device), positions.keys(owner, device), variants.softcap, slopes, dropout)
+        return lambda visit: Scores(
+            positions.queries(device), positions.keys(visit.owner, device)[visit.keys], variants.softcap, slopes, dropout
+        )
 
 
 class _Ticket(ctypes.c_int64):
@@ -119,10 +120,10 @@ def _forward(
     scheme = scheme_of(ticket)
     asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
-        out, lse = ring.forward(scheme.visits, scheme.wire, scheme.kernel, q, k, v, scheme.scale, asked)
+        out, lse = ring.forward(scheme.visits, scheme.carrier, scheme.kernel, q, k, v, scheme.scale, asked)
         return out.contiguous(), lse.contiguous(), []  # as the fake ones below; most kernels' are
     q, k, v = ulysses.to_heads((q, k, v), (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))
-    out, lse = ring.forward(scheme.visits, scheme.wire, scheme.kernel, q, k, v, scheme.scale, asked)
+    out, lse = ring.forward(scheme.visits, scheme.carrier, scheme.kernel, q, k, v, scheme.scale, asked)
     mine = ulysses.to_tokens((out, lse.transpose(1, 2)), (ulysses.heads, ulysses.heads))
     return mine[0], mine[1].transpose(1, 2).contiguous(), [q, k, v, lse]
 
@@ -153,11 +154,13 @@ def _backward(
         delta = delta - dlse
     asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
-        grads = ring.backward(scheme.visits, scheme.wire, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype)
+        grads = ring.backward(
+            scheme.visits, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype
+        )
         return *grads, _nothing()
     dout, delta = ulysses.to_heads((dout, delta.transpose(1, 2)), (ulysses.heads, ulysses.heads))
     grads = ring.backward(
-        scheme.visits, scheme.wire, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
+        scheme.visits, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
         dkv_dtype=accumulator(k.dtype) if ulysses.shared else k.dtype,
     )  # fmt: skip
     dq, dk, dv = ulysses.to_tokens(grads, (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))

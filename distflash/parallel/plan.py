@@ -8,7 +8,7 @@ plan     layout x mask x order -> the visits of one rank; `ring` executes them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from distflash.parallel.layout import Layout, lengths
 from distflash.parallel.mask import AnyMask, cut, meet, needs
@@ -83,6 +83,7 @@ class Visit:
     tiles: Tiles  # empty where nothing is kept of the block: then it does not come
     hops: tuple[Hop, ...]
     home: Home
+    keys: slice = field(default_factory=lambda: slice(None))  # which tokens of the block: the tiles are of these
 
 
 class _Ways:
@@ -155,6 +156,39 @@ def plan(layout: Layout, mask: AnyMask, order: Order, rank: int) -> tuple[Visit,
         if now == 0 or visit.tiles or visit.hops or visit.home.busy:
             visits.append(visit)
     return tuple(visits)
+
+
+def narrowed(visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
+    """Of others' blocks only the keys from the first to the last that is seen here."""
+
+    def cut_to(keys: range, visit: Visit) -> Visit:
+        return replace(visit, tiles=visit.tiles.within(keys), keys=slice(keys.start, keys.stop))
+
+    return (visits[0], *(cut_to(visit.tiles.keys, visit) if visit.tiles else visit for visit in visits[1:]))
+
+
+def halved(visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
+    """The own block cut in two, the half with less work first and the other after all blocks of others.
+
+    So that what arrives first and what leaves last do so while something is computed. Nothing changes for who is alone.
+    """
+    own = visits[0]
+    if not own.tiles or not any(visit.hops or visit.home.busy for visit in visits):
+        return visits
+    middle = own.tiles.kv_len // 2
+    halves = [(keys, own.tiles.within(keys)) for keys in (range(middle), range(middle, own.tiles.kv_len))]
+    (first, less), (last, more) = sorted(halves, key=lambda half: half[1].area)
+    after = Visit(visits[-1].step + 1, own.owner, more, (), Home(None, None, None), slice(last.start, last.stop))
+    return (replace(own, tiles=less, keys=slice(first.start, first.stop)), *visits[1:], after)
+
+
+def readers(layout: Layout, mask: AnyMask, rank: int) -> dict[int, range]:
+    """The other ranks that keep something of our block, and from which to which of its tokens."""
+    need, found = needs(layout, mask), {}
+    for reader, held in enumerate(need):
+        if reader != rank and held >> rank & 1:
+            found[reader] = meet(cut(layout[reader], mask.pieces), layout[rank], lengths(layout)[reader]).keys
+    return found
 
 
 def alone(tiles: Tiles) -> tuple[Visit, ...]:

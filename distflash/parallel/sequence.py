@@ -5,31 +5,37 @@ Legend: P ranks, U ranks of a Ulysses group (adjacent), R = P / U ranks of a rin
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from operator import index
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from distflash.cost import auto, traffic
 from distflash.kernels.base import Kernel
 from distflash.parallel import handles
 from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
 from distflash.parallel.autograd import Scheme, Variants
+from distflash.parallel.direct import Direct
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, gathered, lengths, split
 from distflash.parallel.mask import AnyMask
-from distflash.parallel.plan import ORDERS, Visit, plan
+from distflash.parallel.messages import Messages
+from distflash.parallel.plan import ORDERS, Visit, narrowed, plan, readers
 from distflash.parallel.positions import Positions
+from distflash.parallel.ring import Carrier
 from distflash.parallel.seeds import Seeds
 from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Ulysses, head_shards
 from distflash.parallel.wire.base import Wire
 from distflash.parallel.wire.local import LocalGroup, LocalWire
 from distflash.parallel.wire.p2p import P2PWire
+from distflash.parallel.wire.symmetric import SymmetricWire, Windows, obstacle
 
 _SCHEMES = 256  # ways to carry out attention that one sequence keeps
 Group = dist.ProcessGroup | DeviceMesh | LocalWire
@@ -41,12 +47,15 @@ class SequenceParallel:
     Args:
         group: None (all ranks; one device if torch.distributed is not initialised), a ProcessGroup, or a DeviceMesh: 1-D, or
             2-D with axes "ring" and "ulysses", Ulysses ranks adjacent.
-        layout: "contiguous", "zigzag", "striped" or "balanced": which tokens a rank holds. "auto" is zigzag: equal causal work.
-            "balanced" deals out chunks by the work of the very documents or mask: equal work with the fewest pieces.
-        order: "ring", "all_gather" or "double_ring": when blocks move. "auto" is a ring, double across several hosts.
-        ulysses: ranks that share heads instead of tokens while attention runs; the ring takes the rest. "auto" is 1, or the
-            "ulysses" axis of a 2-D mesh.
-        wire: "p2p" (NCCL between GPUs, gloo between CPUs), or "auto".
+        layout: "contiguous", "zigzag", "striped" or "balanced": which tokens a rank holds. "balanced" deals out chunks by the work of
+            the very documents or mask: equal work with the fewest pieces.
+        order: "ring", "all_gather" or "double_ring": when blocks move.
+        ulysses: ranks that share heads instead of tokens while attention runs; the ring takes the rest.
+            What is "auto" is chosen for each sequence, see `sequence`. The usual scheme, which stands where nothing is predicted to
+            be faster or nothing is known of the devices: zigzag (equal causal work), a ring (double across several hosts), and 1
+            rank or the "ulysses" axis of a 2-D mesh, which is never changed. `layout`, `order` and `ulysses` say the usual one.
+        wire: "p2p" (messages; NCCL between GPUs, gloo between CPUs), or "symmetric" (copies between the memories of GPUs of one host
+            that reach each other's). "auto" is "symmetric" where it can be, as `wire_reason` says.
         check: when ranks compare what they are about to do, before anything of it is sent: at the "first" call of each kind,
             "always", or "never". What differs raises `Disagreement` on every rank, with the ranks and their values.
 
@@ -61,32 +70,52 @@ class SequenceParallel:
         layout: Literal["auto", "contiguous", "zigzag", "striped", "balanced"] = "auto",
         order: Literal["auto", "ring", "all_gather", "double_ring"] = "auto",
         ulysses: int | Literal["auto"] = "auto",
-        wire: Literal["auto", "p2p"] = "auto",
+        wire: Literal["auto", "p2p", "symmetric"] = "auto",
         check: Check = "first",
     ):
         _one_of("layout", layout, ("auto", *LAYOUTS))
         _one_of("order", order, ("auto", *ORDERS))
-        _one_of("wire", wire, ("auto", "p2p"))
+        _one_of("wire", wire, ("auto", "p2p", "symmetric"))
         _one_of("check", check, CHECKS)
+        mesh_says = isinstance(group, DeviceMesh) and group.ndim == 2
+        asked = {"layout": layout, "order": order, "ulysses": "mesh" if mesh_says else ulysses}
+        self._free = tuple(name for name, value in asked.items() if value == "auto")
         group, ulysses = _resolve(group, ulysses)
-        self.wire = _wire(group)
+        self.wire, self.wire_reason = _wire(group, wire)
+        self.direct = self.wire.size > 1 and (wire == "symmetric" or isinstance(self.wire, SymmetricWire))
         self.check: Check = check
         self.rank, self.size = self.wire.rank, self.wire.size
         if ulysses < 1 or self.size % ulysses:
             raise ValueError(f"ulysses={ulysses} must divide the {self.size} ranks of the group: use one of {_divisors(self.size)}")
-        self.ulysses = ulysses
-        self.layout = "zigzag" if layout == "auto" else layout
+        ring, per_node = self.size // ulysses, max(1, self.wire.per_node // ulysses)
+        if order == "double_ring" and ring % per_node:
+            raise ValueError(f"double_ring needs as many ranks on each host, got {ring} in rings of {per_node}: use ring")
+        several_hosts = ring % per_node == 0 and 1 < per_node < ring
+        usual = ("double_ring" if several_hosts else "ring") if order == "auto" else order
+        self._arrange("zigzag" if layout == "auto" else layout, usual, ulysses)
+        self._device = auto.common_device(self.wire)
+        self._arranged: dict[tuple[str, str, int], SequenceParallel] = {}
+        self.seeds = Seeds(self.wire)
+
+    def _arrange(self, layout: str, order: str, ulysses: int) -> None:
+        """Set the scheme, nothing of it "auto", and the wires of its ring and Ulysses group."""
+        self.layout, self.order, self.ulysses = layout, order, ulysses
         ring_rank, head_rank = divmod(self.rank, ulysses)
         self.head_wire = self.wire.sub(range(ring_rank * ulysses, (ring_rank + 1) * ulysses))
         self.ring_wire = self.wire.sub(range(head_rank, self.size, ulysses))
-        per_node = max(1, self.wire.per_node // ulysses)
-        hosts_even = self.ring_wire.size % per_node == 0
-        if order == "double_ring" and not hosts_even:
-            raise ValueError(f"double_ring needs as many ranks on each host, got {self.ring_wire.size} in rings of {per_node}: use ring")
-        several_hosts = hosts_even and 1 < per_node < self.ring_wire.size
-        self.order = ("double_ring" if several_hosts else "ring") if order == "auto" else order
-        self._order = ORDERS[self.order](self.ring_wire.size, per_node)
-        self.seeds = Seeds(self.wire)
+        self._order = ORDERS[order](self.ring_wire.size, max(1, self.wire.per_node // ulysses))
+
+    def _chosen(self, cu: tuple[int, ...], heads: tuple[int, int, int] | None) -> tuple[SequenceParallel, str]:
+        """The same ranks with the scheme for a sequence, and why this one. `self` if it is the usual one."""
+        usual = traffic.Scheme(self.layout, self.order, self.ulysses, self.size, self.wire.per_node)
+        *scheme, why = chosen = auto.choice(usual, self._free, cu, heads, self._device, self.wire_name)
+        if scheme == [self.layout, self.order, self.ulysses]:
+            return self, why
+        if (key := chosen[:3]) not in self._arranged:
+            self._arranged[key] = other = copy.copy(self)
+            other._free = ()
+            other._arrange(*key)
+        return self._arranged[key], why
 
     @classmethod
     def single(cls, device: torch.device | str | None = None) -> SequenceParallel:
@@ -98,6 +127,11 @@ class SequenceParallel:
         """Where `indices` and `positions` live."""
         return self.wire.device
 
+    @property
+    def wire_name(self) -> str:
+        """What moves blocks: "symmetric", or messages and what carries them."""
+        return "symmetric" if self.direct else self.wire.name
+
     def seed_dropout(self, seed: int) -> None:
         """Let the seeds of dropout begin anew: calls from here on drop what they drop after any `seed_dropout(seed)`, on any number of
         ranks. Every rank calls it with the same number. Without it rank 0's default generator says where they begin, at the first call.
@@ -105,14 +139,22 @@ class SequenceParallel:
         self.seeds.start(seed)
 
     def sequence(
-        self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None, mask: Slices | None = None
-    ) -> ShardedSequence:
+        self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None, mask: Slices | None = None,
+        heads: tuple[int, int, int] | None = None,
+    ) -> ShardedSequence:  # fmt: skip
         """A sequence of `length` tokens, or packed documents with borders `cu_seqlens` (0, ..., S; int32 or int64, never falling).
 
         `mask` is what the layout "balanced" balances the work of, causal attention inside each document if none is given; it
         masks nothing, `attention` is told its own. Any length and any documents: nothing is padded, shards may be uneven or
-        empty. Make it once a batch: layers share its plan. Raises ValueError or TypeError on a length, borders or a mask that
-        are not legal, and on a mask for a layout that does not look at it.
+        empty. Make it once a batch: layers share its plan.
+
+        What is "auto" is chosen here, by predicted time (`distflash.cost.auto`): `sp` of the result is this object with the scheme,
+        `why` says why, and `explain` tells both. `heads`, (query heads, key/value heads, head dim) of the attention to come, makes
+        the choice theirs and lets it deal heads out too; without it the usual Ulysses degree stays, and 32/8 heads of 128 are
+        assumed. The attention is taken to be causal.
+
+        Raises ValueError or TypeError on a length, borders, heads or a mask that are not legal, and on a mask for a layout that
+        does not look at it.
         """
         if (length is None) == (cu_seqlens is None):
             raise TypeError("sequence() takes either length or cu_seqlens: give one of them")
@@ -125,20 +167,27 @@ class SequenceParallel:
                     f"the layout {self.layout!r} does not look at a mask: use layout='balanced', or give it to attention() only"
                 )
             mask.check(cu, cu)
-        return ShardedSequence(self, cu, mask)
+        if heads is not None:
+            _check_heads(heads)
+        sp, why = self._chosen(cu, heads)
+        return ShardedSequence(sp, cu, mask, why=why)
 
     def __repr__(self) -> str:
-        return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire.name})"
+        return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire_name})"
 
 
 class ShardedSequence:
     """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view.
 
     `layout` is who holds what where the SequenceParallel knows none: the spans of each rank of the ring, the same on every rank.
+    `why` is the reason for its scheme.
     """
 
-    def __init__(self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None, layout: Layout | None = None):
-        self.sp, self.cu_seqlens = sp, cu_seqlens
+    def __init__(
+        self, sp: SequenceParallel, cu_seqlens: tuple[int, ...], mask: Slices | None = None, layout: Layout | None = None,
+        why: str = "as asked for",
+    ):  # fmt: skip
+        self.sp, self.cu_seqlens, self.why = sp, cu_seqlens, why
         self.length, self.balanced_for, self._given = cu_seqlens[-1], mask, layout
         ranks = sp.ring_wire.size
         ring_layout = layout or (LAYOUTS[sp.layout](cu_seqlens, ranks) if mask is None else balanced(cu_seqlens, ranks, mask))
@@ -214,7 +263,7 @@ class ShardedSequence:
     def _shared(self) -> dict[str, object]:
         """What ranks have to agree on whatever they call."""
         sp, layout = self.sp, self.sp.layout if self._given is None else words(self._given)
-        scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire.name}
+        scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire_name}
         return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self.balanced_for)}
 
     def scheme(
@@ -226,9 +275,9 @@ class ShardedSequence:
         """
         key = (mask, kernel, scale, heads, kv_heads, variants)
         if key not in self._schemes:
-            ulysses, sp = self.head_exchange(heads, kv_heads), self.sp
+            ulysses = self.head_exchange(heads, kv_heads)
             asked = None if variants is None else Variants(*variants, self._positions)
-            self._schemes[key] = Scheme(self.visits(mask), sp.ring_wire, ulysses, kernel, scale, asked)
+            self._schemes[key] = Scheme(*self._ring(mask), ulysses, kernel, scale, asked)
             if len(self._schemes) > _SCHEMES:  # a scale that is learned makes one a step
                 self._schemes.popitem(last=False)
         return self._schemes[key]
@@ -246,13 +295,20 @@ class ShardedSequence:
             self._plans[mask] = plan(outer, mask, self.sp._order, self.sp.ring_wire.rank)
         return self._plans[mask]
 
+    def _ring(self, mask: AnyMask) -> tuple[tuple[Visit, ...], Carrier]:
+        """The plan of this rank's ring for a mask, and what moves blocks and gradients."""
+        wire, outer = self.sp.ring_wire, gathered(self.layout, self.sp.ulysses)
+        if not self.sp.direct or wire.size == 1:
+            return self.visits(mask), Messages(wire)
+        return narrowed(self.visits(mask)), Direct(cast(Windows, wire), lengths(outer), readers(outer, mask, wire.rank))
+
     def head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
         """The all-to-all of this rank's Ulysses group, None without one. Raises ValueError if heads cannot be dealt out."""
         wire = self.sp.head_wire
         if wire.size == 1:
             return None
         first = self.sp.ring_wire.rank * wire.size
-        return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size))
+        return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size), reach=self.sp.direct)
 
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1
@@ -336,6 +392,12 @@ def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
     return cu
 
 
+def _check_heads(heads: object) -> None:
+    whole = isinstance(heads, tuple) and len(heads) == 3 and all(type(n) is int and n > 0 for n in heads)
+    if not whole or heads[0] % heads[1]:  # type: ignore[index]
+        raise ValueError(f"heads={heads!r} must be (query heads, key/value heads, head dim): integers, the first a multiple of the second")
+
+
 def _short(cu: tuple[int, ...]) -> str:
     return str(list(cu)) if len(cu) <= 6 else f"[{', '.join(map(str, cu[:5]))}, ...]"
 
@@ -364,15 +426,23 @@ def _resolve(group: Group | None, ulysses: int | str) -> tuple[dist.ProcessGroup
     return group._flatten().get_group(), degree
 
 
-def _wire(group: dist.ProcessGroup | LocalWire | None) -> P2PWire | LocalWire:
+def _wire(group: dist.ProcessGroup | LocalWire | None, asked: str) -> tuple[P2PWire | LocalWire, str]:
+    """The wire asked for among all ranks of the group, and why it is this one. Raises ValueError if it cannot be."""
     if isinstance(group, LocalWire):
-        return group
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return LocalGroup(1, _default_device()).wire(0)
+        return group, "ranks are threads of one process"
+    if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    assert group is not None
-    return P2PWire(group) if group.size() > 1 else LocalGroup(1, _default_device()).wire(0)
+    if group is None or group.size() == 1:
+        return LocalGroup(1, _default_device()).wire(0), "there is one rank"
+    wire = P2PWire(group)
+    if asked == "p2p":
+        return wire, "asked for"
+    reason = obstacle(wire)
+    if reason is None:
+        return SymmetricWire(group), "the GPUs of the host reach each other's memory"
+    if asked == "symmetric":
+        raise ValueError(f"wire='symmetric' cannot serve this group: {reason}; wire='auto' would take p2p")
+    return wire, f"not symmetric: {reason}"
 
 
 def _default_device() -> torch.device:

@@ -8,16 +8,21 @@ gradients that come back for them are summed in the accumulator's dtype, in rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from distflash.parallel.wire.base import Wire, empty, pack, unpack
+from distflash.parallel.wire.base import Form, Wire, empty, pack, room, unpack
+from distflash.parallel.wire.symmetric import Windows
 
 Heads = tuple[range, ...]  # Heads[rank]: the heads that a rank of the group computes
+Parts = Callable[[int], list[Tensor]]  # by rank: what it gets from us
+Forms = Callable[[int, int], list[Form]]  # by (source, dest): of what the one gives to the other
 
 
 def head_shards(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, Heads]:
@@ -54,6 +59,7 @@ class Ulysses:
     lengths: tuple[int, ...]
     heads: Heads
     kv_heads: Heads
+    reach: bool = False  # ranks read from each other's memory: the wire has windows
 
     @property
     def shared(self) -> bool:
@@ -67,36 +73,66 @@ class Ulysses:
 
     def to_heads(self, tensors: Sequence[Tensor], shards: Sequence[Heads]) -> list[Tensor]:
         """Each [B, T, H, ...] becomes [B, Tg, h, ...]; all of them travel in one message a peer."""
-        me = self.wire.rank
 
-        def forms(rank: int) -> list:
-            return [((x.shape[0], self.lengths[rank], len(h[me]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
+        def forms(source: int, dest: int) -> list[Form]:
+            return [((x.shape[0], self.lengths[source], len(h[dest]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
 
         def parts(rank: int) -> list[Tensor]:
             return [x[:, :, h[rank].start : h[rank].stop] for x, h in zip(tensors, shards, strict=True)]
 
-        return [torch.cat(list(column), dim=1) for column in zip(*self._exchange(parts, forms, tensors[0].device), strict=True)]
+        with self._exchanged(parts, forms, tensors[0].device) as found:
+            return [torch.cat(list(column), dim=1) for column in zip(*found, strict=True)]
 
     def to_tokens(self, tensors: Sequence[Tensor], shards: Sequence[Heads]) -> list[Tensor]:
         """Each [B, Tg, h, ...] becomes [B, T, H, ...] again; what several ranks hold of one head is summed."""
-        me, edges = self.wire.rank, [0, *accumulate(self.lengths)]
+        edges = [0, *accumulate(self.lengths)]
 
-        def forms(rank: int) -> list:
-            return [((x.shape[0], self.lengths[me], len(h[rank]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
+        def forms(source: int, dest: int) -> list[Form]:
+            return [((x.shape[0], self.lengths[dest], len(h[source]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
 
         def parts(rank: int) -> list[Tensor]:
             return [x[:, edges[rank] : edges[rank + 1]] for x in tensors]
 
-        columns = zip(*self._exchange(parts, forms, tensors[0].device), strict=True)
-        return [_assembled(column, h) for column, h in zip(columns, shards, strict=True)]
+        with self._exchanged(parts, forms, tensors[0].device) as found:
+            return [_assembled(column, h) for column, h in zip(zip(*found, strict=True), shards, strict=True)]
 
-    def _exchange(self, parts, forms, device: torch.device) -> list[list[Tensor]]:
-        """Send `parts(rank)` to each rank; return what each rank sent us, in rank order, of shapes `forms(rank)`."""
-        others = [r for r in range(self.wire.size) if r != self.wire.rank]
-        arriving = {r: empty(forms(r), device) for r in others}
-        with self.wire.journal.during("all-to-all"):
-            self.wire.exchange({r: pack(parts(r)) for r in others}, arriving).wait()
-        return [unpack(arriving[r], forms(r)) if r in arriving else parts(r) for r in range(self.wire.size)]
+    @contextmanager
+    def _exchanged(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[list[list[Tensor]]]:
+        """Give `parts(rank)` to each rank; yield what each rank gave us, in rank order, of shapes `forms(rank, we)`."""
+        with self.wire.journal.during("all-to-all"), (self._read if self.reach else self._sent)(parts, forms, device) as theirs:
+            yield [theirs[rank] if rank in theirs else parts(rank) for rank in range(self.wire.size)]
+
+    @contextmanager
+    def _sent(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[dict[int, list[Tensor]]]:
+        """As messages."""
+        arriving = {r: empty(forms(r, self.wire.rank), device) for r in self._others}
+        self.wire.exchange({r: pack(parts(r)) for r in self._others}, arriving).wait()
+        yield {r: unpack(message, forms(r, self.wire.rank)) for r, message in arriving.items()}
+
+    @contextmanager
+    def _read(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[dict[int, list[Tensor]]]:
+        """Straight from the others' memory, where each has laid what is for us."""
+        me, ranks = self.wire.rank, range(self.wire.size)
+        place = max(room(forms(source, dest)) for source in ranks for dest in ranks if source != dest)
+        window = cast(Windows, self.wire).window("heads", place * len(ranks))
+
+        def laid(source: int, dest: int) -> list[Tensor]:
+            return unpack(window.of(source)[dest * place : (dest + 1) * place], forms(source, dest))
+
+        window.writable(*self._others)
+        for dest in self._others:
+            for to, part in zip(laid(me, dest), parts(dest), strict=True):
+                to.copy_(part)
+        window.give(*self._others)
+        for source in self._others:
+            window.take(source)
+        yield {source: laid(source, me) for source in self._others}
+        for source in self._others:
+            window.release(source)
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.wire.size) if rank != self.wire.rank]
 
 
 def _assembled(column: Sequence[Tensor], shards: Heads) -> Tensor:

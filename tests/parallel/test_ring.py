@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import distflash
 from distflash.kernels import eager
-from distflash.parallel import ring
+from distflash.parallel import messages
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
 from distflash.parallel.slices import Slices
@@ -168,9 +168,9 @@ class LiveMessages:
 
     def __init__(self, monkeypatch):
         self.mine, self.peak = threading.local(), {}
-        empty, pack = ring.empty, ring.pack
-        monkeypatch.setattr(ring, "empty", lambda forms, device: self._seen(empty(forms, device), forms[0][1]))
-        monkeypatch.setattr(ring, "pack", lambda tensors: self._seen(pack(tensors), tensors[0].dtype))
+        empty, pack = messages.empty, messages.pack
+        monkeypatch.setattr(messages, "empty", lambda forms, device: self._seen(empty(forms, device), forms[0][1]))
+        monkeypatch.setattr(messages, "pack", lambda tensors: self._seen(pack(tensors), tensors[0].dtype))
 
     def _seen(self, message, dtype):
         alive = self.mine.__dict__.setdefault(dtype, [])

@@ -86,7 +86,12 @@ Form = tuple[Sequence[int], torch.dtype]  # shape and dtype of a tensor inside a
 
 def empty(forms: Sequence[Form], device: torch.device) -> Tensor:
     """An unwritten message with room for tensors of these forms."""
-    return torch.empty(sum(_room(form) for form in forms), dtype=torch.uint8, device=device)
+    return torch.empty(room(forms), dtype=torch.uint8, device=device)
+
+
+def room(forms: Sequence[Form]) -> int:
+    """Bytes of a message with tensors of these forms."""
+    return sum(_room(form) for form in forms)
 
 
 def unpack(message: Tensor, forms: Sequence[Form]) -> list[Tensor]:

@@ -71,7 +71,7 @@ class Journal:
 
 
 class Noting(Protocol):
-    """A wire, as far as this file is concerned."""
+    """A wire or a carrier, as far as this file is concerned."""
 
     journal: Journal
 
@@ -107,7 +107,7 @@ def blaming() -> Iterator[None]:
 
 
 def noted(doing: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Note in the journal of a function's wire, its second argument, that it runs."""
+    """Note in the journal of a function's second argument that it runs."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from distflash.parallel.wire.base import Pending, SubWire, Wire
 from distflash.parallel.wire.journal import Journal, Now
+from distflash.parallel.wire.symmetric import SubWindows, Window
 
 _PATIENCE = 120.0  # seconds a rank waits for another one before it gives up
 
@@ -29,6 +31,7 @@ class LocalGroup:
         self.failed = False
         self.notes: dict[int, dict[int, str]] = defaultdict(dict)  # by round, then by rank
         self.journals = {rank: Journal("of threads") for rank in range(size)}
+        self.windows: dict[tuple, LocalMemory] = {}  # by ranks, name and size
 
     def wire(self, rank: int) -> LocalWire:
         return LocalWire(self, rank)
@@ -69,7 +72,26 @@ class LocalWire:
         return SubWire(self, range(self.size), self.per_node).all_reduce(x)
 
     def sub(self, members: Sequence[int]) -> Wire:
-        return SubWire(self, members, max(1, self.per_node * len(members) // self.size))
+        return SubWindows(self, members, max(1, self.per_node * len(members) // self.size))
+
+    def window(self, name: str, nbytes: int) -> Window:
+        return self.window_among(range(self.size), name, nbytes)
+
+    def window_among(self, members: Sequence[int], name: str, nbytes: int) -> Window:
+        """A window of some ranks of the group."""
+        members = tuple(members)
+        with self.group.changed:
+            memory = self.group.windows.setdefault((members, name, nbytes), LocalMemory(len(members), nbytes, self.device))
+        return LocalWindow(self.group, memory, members.index(self.rank))
+
+    def beside(self, lane: str) -> AbstractContextManager[None]:
+        return nullcontext()  # threads have one order, and each waits for the others by itself
+
+    def mark(self) -> None:
+        return None
+
+    def after(self, mark: torch.cuda.Event | None) -> None:
+        pass
 
     def post(self, round: int, note: str) -> None:
         with self.group.changed:
@@ -105,3 +127,49 @@ class _Receipt:
                 message = box.pop(number)
             assert message.numel() == buffer.numel(), f"{message.numel()} bytes came, {buffer.numel()} were expected"
             buffer.copy_(message)
+
+
+class LocalMemory:
+    """The memory of a window, and its flags."""
+
+    def __init__(self, size: int, nbytes: int, device: torch.device):
+        self.pieces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(size)]
+        self.full: set[tuple[int, int]] = set()  # (writer, reader): given, and not taken yet
+        self.free = {(writer, reader) for writer in range(size) for reader in range(size)}
+
+
+class LocalWindow:
+    """One rank's view of it."""
+
+    def __init__(self, group: LocalGroup, memory: LocalMemory, rank: int):
+        self.group, self.memory, self.rank = group, memory, rank
+
+    def of(self, rank: int) -> Tensor:
+        return self.memory.pieces[rank]
+
+    def writable(self, *ranks: int) -> None:
+        for rank in ranks:
+            self._wait(self.memory.free, (self.rank, rank))
+
+    def give(self, *ranks: int) -> None:
+        with self.group.changed:
+            for pair in [(self.rank, rank) for rank in ranks]:
+                assert pair in self.memory.free and pair not in self.memory.full, f"{pair} was given twice"
+                self.memory.free.remove(pair)
+                self.memory.full.add(pair)
+            self.group.changed.notify_all()
+
+    def take(self, rank: int) -> None:
+        self._wait(self.memory.full, (rank, self.rank))
+        self.memory.full.remove((rank, self.rank))
+
+    def release(self, rank: int) -> None:
+        with self.group.changed:
+            self.memory.free.add((rank, self.rank))
+            self.group.changed.notify_all()
+
+    def _wait(self, flags: set[tuple[int, int]], pair: tuple[int, int]) -> None:
+        with self.group.changed:
+            there = self.group.changed.wait_for(lambda: pair in flags or self.group.failed, _PATIENCE)
+            if not there or pair not in flags:
+                raise RankLost(f"rank {self.rank} waited for a flag of {pair} that was not set")
