@@ -6,12 +6,14 @@ Legend: N tokens, d head dim, M on-chip memory in elements, P ranks, T = N / P t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.bench_kernel import documents
 from benchmarks.figures import MARK, ROOT, load, table
+from benchmarks.paper.tables import TABLES, paper
 from distflash.cost import hbm
 from distflash.cost.devices import DEVICES, Device, Link, network
 from distflash.cost.hbm import Blocks
@@ -141,6 +143,7 @@ def rates() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "io_hbm": hbm_bytes, "io_thresholds": thresholds, "io_movement": movement, "io_ulysses": head_sharing, "io_rates": rates,
+    **{f"paper_{name}": partial(paper, name) for name in TABLES},
 }  # fmt: skip
 
 

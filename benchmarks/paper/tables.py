@@ -1,0 +1,87 @@
+"""The tables of what benchmarks/paper measured, for docs/io-model.md: `python -m benchmarks.io_model` writes them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.figures import load, source, table
+from benchmarks.record import RESULTS
+
+
+def attention(result: dict[str, Any]) -> str:
+    """Milliseconds of both, and how many times as fast."""
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for r in result["rows"]:
+        key = r["part"], r["N"], r["causal"], r["dropout"], r["pass"]
+        cells.setdefault(key, {})[r["contender"]] = r
+    rows = []
+    for (_, n, causal, dropout, direction), both in cells.items():
+        ours, other = both["distflash"], both["standard"]
+        shape = f"{ours['B']} x {ours['H']} x {ours['D']}"
+        times = [f"{one['ms']:.3f}" if "ms" in one else one["error"] for one in (other, ours)]
+        faster = f"{other['ms'] / ours['ms']:.2f}" if "ms" in other and "ms" in ours else ""
+        passes = "forward" if direction == "forward" else "forward + backward"
+        rows.append([f"{n:,}", shape, "causal" if causal else "full", f"{dropout:g}", passes, *times, faster, ours["kernel"]])
+    head = ("N", "batch x heads x head dim", "mask", "dropout", "passes", "standard, ms", "DistFlash, ms", "times as fast", "kernel")
+    return table(head, rows)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peaks of both by length, and the line through ours."""
+    cells: dict[int, dict[str, dict[str, Any]]] = {}
+    for r in result["rows"]:
+        cells.setdefault(r["N"], {})[r["contender"]] = r
+    rows = []
+    for n, both in cells.items():
+        found = [both.get(name, {"error": ""}) for name in ("standard", "distflash")]
+        shown = [f"{one['bytes'] / 2**20:,.1f}" if "bytes" in one else one["error"] for one in found]
+        rows.append([f"{n:,}", *shown, f"{both['distflash']['expected'] / 2**20:,.1f}"])
+    fit = result["fit"]
+    line = f"\nA line through DistFlash's: {fit['slope']:,.0f} bytes a token, R² = {fit['r2']:.6f}.\n" if fit else ""
+    return table(("N", "standard, MiB", "DistFlash, MiB", "as `explain` says, MiB"), rows) + line
+
+
+def hbm(result: dict[str, Any]) -> str:
+    """What ncu counted beside the model."""
+    words = ("hbm", "hbm_predicted", "l2", "l2_predicted")
+    rows = [
+        [r["name"], *(f"{r[word] / 1e6:,.0f}" if word in r else "" for word in words), f"{r['ms']:.3f}" if "ms" in r else ""]
+        for r in result["rows"]
+    ]
+    refused = f"\nNot counted: {result['refused']}.\n" if result["refused"] else ""
+    return table(("queries x keys of a tile", "HBM, MB", "model", "L2, MB", "model", "ms"), rows) + refused
+
+
+def sparse(result: dict[str, Any]) -> str:
+    """Milliseconds by the part of the blocks that is kept."""
+    cells: dict[tuple[str, float], dict[str, float]] = {}
+    for r in result["rows"]:
+        cells.setdefault((r["kind"], r["kept"]), {})[r["pass"]] = r["ms"]
+    rows = [
+        ["no mask" if kind == "dense" else f"{kept:.1%}", f"{ms['forward']:.3f}", f"{ms['both']:.3f}"] for (kind, kept), ms in cells.items()
+    ]
+    known = {name: fit for name, fit in result["fits"].items() if fit}
+    lines = [f"{name} {fit['intercept']:.3f} + {fit['slope']:.3f} x ms, R² = {fit['r2']:.4f}" for name, fit in known.items()]
+    return table(("kept", "forward, ms", "forward + backward, ms"), rows) + (f"\nLines: {'; '.join(lines)}.\n" if lines else "")
+
+
+def context(result: dict[str, Any]) -> str:
+    """Quality by context."""
+    rows = [[f"{r['context']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}", str(r["steps"])] for r in result["rows"]]
+    about = f"\n{result['gpus']} GPU, model {result['model']}; by chance {result['chance']:.1%} would be named right.\n"
+    return table(("context", "held-out loss, nats a byte", "parts named right", "steps"), rows) + about
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "attention": attention, "memory": memory, "hbm": hbm, "sparse": sparse, "context": context,
+}  # fmt: skip
+
+
+def paper(name: str) -> str:
+    """What a program of benchmarks/paper measured: table, picture, device; or that it has not run yet."""
+    if not (RESULTS / f"paper_{name}.json").exists():
+        return f"Not measured yet: `python -m benchmarks.paper.{name}` on a GPU.\n"
+    result = load(f"paper_{name}")
+    picture = f"\n![{name}](../benchmarks/results/paper_{name}.png)\n"
+    return TABLES[name](result) + picture + source(result)
