@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,62 @@ def vigilance() -> str:
     return table(("", "on the machine above"), rows)
 
 
+def hosts() -> str:
+    """Two hosts whose cable was pulled."""
+    (r,) = load("hosts")["rows"]
+    seconds = [f"{r[f'{what}_median']:.2f}, {r[f'{what}_max']:.2f}" for what in ("named", "gone")]
+    head = ("cables pulled", "both sides named the other", "seconds until both had, median and worst", "until both processes had ended")
+    return table(head, [[str(r["count"]), f"{r['told']} of {r['count']}", *seconds]]) + f"\nA limit of {r['limit']:g} s.\n"
+
+
+def kills() -> str:
+    """Ranks killed while they saved, and what that left on the disk."""
+    rows = load("kills")["rows"]
+    left = ("nothing of it yet", "a hidden folder, files missing or cut short", "a hidden folder, all files written", "the new checkpoint")
+    shown = [
+        ["sharded" if r["sharded"] else "replicated", str(r["kills"]), str(r["victims"]["rank 0, which writes"]),
+         *(str(r["left"].get(name, 0)) for name in left), f"{r['jobs']} of {r['jobs']}"]
+        for r in rows
+    ]  # fmt: skip
+    head = ("parameters", "kills", "of them of rank 0, which writes", *(f"left {name}" for name in left), "curves equal, bit for bit")
+    r = rows[0]
+    return table(head, shown) + f"\n{r['ranks']} ranks, a checkpoint at each of {r['steps']} steps, 0 torn ones chosen or published.\n"
+
+
+def elastic() -> str:
+    """Ranks killed under torchrun, and agents that left and came."""
+    result = load("elastic")
+    rows, seconds = result["rows"], sorted(r["seconds_until_it_went_on"] for r in result["rows"])
+    equal = f"{sum(r['equal'] for r in rows)} of {len(rows)}"
+    killed = [f"one of {result['ranks']} killed", str(len(rows)), equal, "0", f"{statistics.median(seconds):.1f}, {seconds[-1]:.1f}"]
+    resized = result["resizes"]
+    sizes = {", then ".join(map(str, r["ranks"])) for r in resized}
+    apart = f"{max(r['apart'] for r in resized):.1e}"
+    shown = [killed, [f"{'; '.join(sizes)} ranks", str(len(resized)), "", apart, ""]]
+    head = (
+        "ranks",
+        "runs",
+        "curves equal, bit for bit",
+        "largest relative difference of a loss",
+        "seconds until training went on, median and worst",
+    )
+    return table(head, shown)
+
+
+def soak() -> str:
+    """Whether a process grows: lines fitted to the second half of a run."""
+    rows = load("soak")["rows"]
+    shown = [
+        [str(r["rank"]), str(r["minutes"]), f"{r['calls']:,}",
+         f"{r['resident_mb']['first']:.0f}, {r['resident_mb']['last']:.0f}, {r['resident_mb']['max']:.0f}",
+         f"{r['resident_mb']['slope_an_hour']:+.1f} ± {r['resident_mb']['error']:.1f}",
+         *(f"{r[name]['first']:g}, {r[name]['last']:g}, {r[name]['max']:g}" for name in ("files", "threads"))]
+        for r in rows
+    ]  # fmt: skip
+    head = ("rank", "minutes", "calls", "resident MB: first, last, most", "MB an hour, of the line", "open files", "threads")
+    return table(head, shown)
+
+
 def fuzz() -> str:
     """Random problems: how many, and what came of them."""
     rows: dict[tuple, list[dict[str, Any]]] = {}
@@ -165,7 +222,35 @@ def mutants() -> str:
     return table(("file", "seeded bugs", "killed"), [*rows, ["together", str(result["of"]), str(result["killed"])]])
 
 
+def ring() -> str:
+    """Attention across GPUs: rates, shares of the bound, and what is above the best peer."""
+    result = load("ring_2xh200")
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for r in result["rows"]:
+        cells.setdefault(r["cell"], []).append(r)
+    rows = []
+    for cell, found in cells.items():
+        best = {name: max((r[name][0] for r in found if not _ours(r)), default=None) for name in ("forward", "both")}
+        for r in found:
+            if r["how"].endswith("[fa2]"):  # the same peer is faster with cuDNN inside
+                continue
+            row = [cell.removesuffix(" D=128"), r["how"]]
+            for name in ("forward", "both"):
+                mid, low, high = r[name]
+                over = f"{mid / best[name]:.2f}" if best[name] and _ours(r) and "bound" not in r["how"] else ""
+                row += [f"{mid:.0f} ({low:.0f} to {high:.0f})", f"{r[f'{name}_share']:.1%}", over]
+            rows.append(row)
+    head = ("problem", "scheme", "forward", "of the bound", "over the best peer", "both passes", "of the bound", "over the best peer")
+    checked = "; ".join(f"{c['cell']}: wires {c['wires_apart']:.1e} apart, bit-equal {c['bit_equal']}" for c in result["checked"])
+    return table(head, rows) + f"\n{checked}. Documents: seed {result['seed']}.\n" + source(result)
+
+
+def _ours(row: dict[str, Any]) -> bool:
+    return row["how"].startswith(("bound", "zigzag, ", "contiguous, "))
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "ring": ring,
     "portable": portable,
     "hopper": hopper,
     "hopper_all": hopper_all,
@@ -173,6 +258,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train": train,
     "faults": faults,
     "vigilance": vigilance,
+    "hosts": hosts,
+    "kills": kills,
+    "elastic": elastic,
+    "soak": soak,
     "fuzz": fuzz,
     "mutants": mutants,
 }

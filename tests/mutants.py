@@ -49,6 +49,9 @@ BAD_CALL = "test_api.py::test_a_bad_call_on_one_device_says_what_is_wrong_and_wh
 AGREE = "parallel/test_agreement.py::test_a_rank_that_is_about_to_do_otherwise_raises_on_every_rank_and_is_named_with_both_values"
 VARIANTS = "test_variants.py::test_every_scheme_gives_the_gradients_of_dense_attention"
 VARIANT = "test_variants.py::test_each_variant_alone_with_grouped_heads_and_other_value_dims"
+CLOSED_FORMS = "cost/test_traffic.py::test_the_closed_forms_of_the_field_are_what_the_plan_counts"
+FLASH = "integrations/test_flash_attn.py"
+CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
 MUTANTS = {
@@ -123,13 +126,13 @@ MUTANTS = {
     "a visit is skipped": Mutant(
         "parallel/ring.py", "if visit.tiles or visit.step == last:", "if visit.step in (0, last):", RING),
     "keys and values of a message are swapped": Mutant(
-        "parallel/ring.py", "[(message, (k, v))] = ", "[(message, (v, k))] = ", RING),
+        "parallel/messages.py", "[(message, (k, v))] = ", "[(message, (v, k))] = ", RING),
     "backward reads the first hop's keys": Mutant(
         "parallel/ring.py", "dout, q, k_t, v_t, lse, delta", "dout, q, k, v, lse, delta", f"{SCHEME}[zigzag-ring-2]"),
     "a rank replaces the gradients that arrive by its own": Mutant(
-        "parallel/ring.py", "x.add_(y)", "x.copy_(y)", RING),
+        "parallel/messages.py", "x.add_(y)", "x.copy_(y)", RING),
     "a gradient that comes home replaces what stayed there": Mutant(
-        "parallel/ring.py", "_added(arrived[home.ours][1], self.ours)", "arrived[home.ours][1]", f"{SCHEME}[contiguous-ring-4]"),
+        "parallel/messages.py", "_added(arrived[home.ours][1], self.ours)", "arrived[home.ours][1]", f"{SCHEME}[contiguous-ring-4]"),
     "outputs are rounded at every hop": Mutant(
         "parallel/ring.py", "acc=acc, dtype=q.dtype if visit.step == last else None", "acc=acc, dtype=q.dtype", FP32),
     "dq is rounded at every hop": Mutant(
@@ -137,7 +140,7 @@ MUTANTS = {
     "gradients travel in 16 bits": Mutant(
         "parallel/ring.py", "dkv_dtype=dkv_dtype if alone else None", "dkv_dtype=dkv_dtype", FP32),
     "messages of every hop are kept": Mutant(
-        "parallel/ring.py", "coming.pop(step).receive()", "(held := [*(held if step > 1 else ()), coming.pop(step)])[-1].receive()",
+        "parallel/messages.py", "coming.pop(step).receive()", "(held := [*(held if step > 1 else ()), coming.pop(step)])[-1].receive()",
         "parallel/test_ring.py::test_a_ring_holds_two_messages_at_a_time_whatever_the_number_of_ranks[5]"),
     "delta is missing": Mutant(
         "parallel/autograd.py", "scheme.kernel.delta(out, dout)", "scheme.kernel.delta(out, dout) * 0", RING),
@@ -145,7 +148,7 @@ MUTANTS = {
     "the gradient of lse is dropped": Mutant("parallel/autograd.py", "if dlse is not None:", "if False:", RING),
     # Ulysses, sequence, loss
     "heads are put together in the wrong order": Mutant(
-        "parallel/ulysses.py", "else parts(r) for r in range(self.wire.size)]", "else parts(r) for r in reversed(range(self.wire.size))]",
+        "parallel/ulysses.py", "parts(rank) for rank in range(self.wire.size)]", "parts(rank) for rank in reversed(range(self.wire.size))]",
         f"{ULYSSES}[zigzag-6-6-4-4]"),
     "the ranks that share a key head are not summed": Mutant(
         "parallel/ulysses.py", "heads.stop] += part", "heads.stop] = part", f"{ULYSSES}[zigzag-8-2-4-4]"),
@@ -216,7 +219,8 @@ MUTANTS = {
         "kernels/test_eager.py::test_rows_with_gaps_between_their_elements_are_read_as_they_are[full-dtype0]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(
-        "parallel/autograd.py", "positions.keys(owner, device)", "positions.keys(self.wire.rank, device)", f"{VARIANTS}[zigzag-ring-2]"),
+        "parallel/autograd.py", "positions.keys(visit.owner, device)", "positions.keys(self.visits[0].owner, device)",
+        f"{VARIANTS}[zigzag-ring-2]"),
     "positions count from the shard's start": Mutant(
         "parallel/sequence.py", "return Positions(outer[self.sp.ring_wire.rank], outer)",
         "return Positions(*[[range(n) for n in lengths(outer)][self.sp.ring_wire.rank : self.sp.ring_wire.rank + 1], outer])",
@@ -261,6 +265,57 @@ MUTANTS = {
     "rows past the last border are let through": Mutant(
         "validate.py", "if cu[-1] != length:", "if cu[-1] > length:",
         BAD_CALL),
+    "ALiBi counts keys as if there were as many as queries": Mutant(
+        "preparation.py", "aligned(cu_q, cu_k)", "aligned(cu_q, cu_q)",
+        "test_variants.py::test_queries_and_keys_of_different_number_are_aligned_at_the_last"),
+    # the model of costs
+    "messages are counted without their padding": Mutant(
+        "cost/traffic.py", "return -(-nbytes // ALIGN) * ALIGN", "return nbytes",
+        "cost/test_traffic.py::test_bytes_between_every_two_ranks_are_those_of_a_real_run[ring-contiguous]"),
+    "gradients are counted as narrow as keys": Mutant(
+        "cost/traffic.py", "message(home.dest, now, shape.wide, now + 1)", "message(home.dest, now, shape.itemsize, now + 1)",
+        CLOSED_FORMS),
+    "the lse of an all-to-all is forgotten": Mutant(
+        "cost/traffic.py", "narrow = [(self.heads, s.v_head_dim * e), (self.heads, s.wide)]", "narrow = [(self.heads, s.v_head_dim * e)]",
+        CLOSED_FORMS),
+    # drop-ins
+    "the longest documents of queries and keys change places": Mutant(
+        "integrations/flash_attn.py", "index(max_seqlen_q), index(max_seqlen_k), q.shape[0]",
+        "index(max_seqlen_k), index(max_seqlen_q), q.shape[0]", f"{FLASH}::test_what_cannot_be_served_is_refused_with_its_cure"),
+    "a softcap of less than 0 is passed on": Mutant(
+        "integrations/flash_attn.py", "0.0 if softcap <= 0 else softcap", "softcap",
+        f"{FLASH}::test_scale_softcap_and_slopes_mean_what_they_mean_there"),
+    "whoever asks for probabilities gets other ones dropped": Mutant(
+        "integrations/flash_attn.py", "torch.random.fork_rng(devices=[])", "torch.random.fork_rng(devices=[], enabled=False)",
+        f"{FLASH}::test_s_dmask_is_the_softmax_up_to_a_factor_a_row_and_its_signs_are_what_was_dropped"),
+    "ring functions drop the window of packed documents": Mutant(
+        "integrations/ring_flash_attn.py",
+        "shared(cu, scheme, group), dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,\n"
+        "            window_size=window_of(window_size),",
+        "shared(cu, scheme, group), dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,",
+        "integrations/test_ring_flash_attn.py::test_varlen_functions_on_their_layout_equal_the_oracle[asked2-zigzag_ring_flash_attn_varlen-2]"),
+    # launch, train
+    "the last exception is taken for the first": Mutant("launch/run.py", "return 2, when, rank", "return 2, -when, rank", CAUSE),
+    "survivors that have lost a peer are blamed": Mutant(
+        "launch/run.py", "if code > 0 and code != EXIT_PEER_LOST and not when:", "if code > 0 and not when:", CAUSE),
+    "what a rank that is gone has asked is an answer": Mutant(
+        "launch/rendezvous.py", 'missing -= {r for r in asking if store.check([f"here/{own}/{r}"])}', "missing -= {*asking}",
+        "launch/test_rendezvous.py::test_ranks_that_do_not_come_to_an_attempt_are_named"),
+    "a checkpoint is written where it is read": Mutant(
+        "train/checkpoint.py", 'self.tmp = root / f".tmp-{self.final.name}"', "self.tmp = self.final",
+        "train/test_checkpoint.py::test_a_kill_at_any_fsync_or_rename_leaves_a_whole_checkpoint"),
+    "an old checkpoint is deleted where it is read": Mutant(
+        "train/checkpoint.py", "old.rename(hidden)\n", "hidden = old\n",
+        "train/test_checkpoint.py::test_a_kill_while_an_old_one_is_deleted_leaves_whole_checkpoints_only"),
+    # numerics
+    "an operator that only passes an infinity on is blamed": Mutant(
+        "numerics.py", "and (held or any(", "and (any(", "test_numerics.py::test_infinities_that_were_asked_for_pass"),
+    "what is overwritten is not looked at": Mutant(
+        "numerics.py", "results = {} if spoilt else", "results = {} if True else",
+        "test_numerics.py::test_what_is_overwritten_is_looked_at_too"),
+    "a layer is blamed for what came in": Mutant(
+        "numerics.py", "node is not None and node not in seen:", "node is not None:",
+        "test_numerics.py::test_a_gradient_is_named_with_the_layer_whose_backward_made_it"),
 }  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class Place:
     address: str | None = None
     port: int | None = None
     agent_store: bool = False  # the launcher already serves a store at address:port
-    job: str = ""  # tells this job's and this attempt's keys from those of another in the same store
+    job: str = ""  # tells this job's keys from those of another in the same store
+    restarts: int = 0  # attempts of this host's torchrun before this one; other hosts may count otherwise
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
@@ -94,7 +95,8 @@ def _torchrun(environ: Environment) -> Place | None:
         local_rank=_integer(environ, "LOCAL_RANK"),
         local_size=_integer(environ, "LOCAL_WORLD_SIZE"),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        job=f"torchrun/{environ['TORCHELASTIC_RUN_ID']}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        job=f"torchrun/{environ['TORCHELASTIC_RUN_ID']}",
+        restarts=_integer(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         **_master(environ),
     )
 

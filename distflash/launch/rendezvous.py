@@ -5,6 +5,7 @@ PyTorch's distributed package knows no passwords and no encryption: whoever reac
 
     listen     a socket on one address, never on all
     meet       torch's Store for a Place; rank 0 serves it unless the launcher does
+    attempt    a name for this attempt among others that used the same store
     connect_again  a connection for a thread of its own
     mpi        rank 0's address to all ranks by one broadcast of bytes (nothing is unpickled)
 """
@@ -15,6 +16,8 @@ import os
 import socket
 import struct
 import sys
+import time
+import uuid
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+POLL = 0.01  # seconds
 MPI_MESSAGE = 512  # bytes: "ok address port", or "no reason"
 
 
@@ -72,7 +76,35 @@ def meet(place: Place, timeout: timedelta, interface: str | None) -> tuple[Store
         if place.rank == 0:
             listener = listen(_bind_address(place, address, interface), port)
     store = serve(listener, timeout) if listener else TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+    if place.agent_store:  # it outlives the attempts
+        name = attempt(PrefixStore(f"distflash/{place.job}", store), place.rank, place.size, timeout)
+        place = replace(place, job=f"{place.job}/{name}")
     return PrefixStore(f"distflash/{place.job}", store), place, listener is not None
+
+
+def attempt(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that all ranks of this attempt share and no earlier one had. Raises RuntimeError if some rank does not come in time.
+
+    Restart counts are no such name: each torchrun agent counts the failures that it saw itself. Rank 0 makes one up and tells whoever
+    asks under a word of its own, until all have answered under that name; what ranks that are gone have asked is answered in vain.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"ask/{rank}", own)
+        name = store.get(f"told/{own}").decode()
+        store.set(f"here/{name}/{rank}", "")
+        return name
+    missing, told, deadline = set(range(1, size)), set[str](), time.monotonic() + timeout.total_seconds()
+    while missing:
+        asking = [r for r in sorted(missing) if store.check([f"ask/{r}"])]
+        for word in {store.get(f"ask/{r}").decode() for r in asking} - told:
+            store.set(f"told/{word}", own)
+            told.add(word)
+        missing -= {r for r in asking if store.check([f"here/{own}/{r}"])}
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} did not come within {timeout.total_seconds():.0f} s: see what became of them")
+        time.sleep(POLL if missing else 0)
+    return own
 
 
 def connect_again(store: Store, timeout: timedelta) -> Store:

@@ -69,6 +69,11 @@ def launched() -> bool:
     return detect(os.environ).launcher != "single"
 
 
+def restarted() -> bool:
+    """True if torchrun has started the ranks of this host before."""
+    return detect(os.environ).restarts > 0
+
+
 def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None, heartbeat: float | None = None) -> World:
     """Find this process' place, claim its device and create the default process group; a second call returns the same World.
 

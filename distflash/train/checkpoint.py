@@ -165,10 +165,10 @@ class _Writer:
         self.tmp.rename(self.final)
         _fsync_folder(self.root)
         self._move_latest()
-        for old in _folders(self.root)[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
-        for old in self.root.glob("replaced-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        for old in (*_folders(self.root)[KEEP:], *self.root.glob("replaced-*")):
+            hidden = old.with_name(f".tmp-{old.name}")  # first: a kill in the middle leaves nothing that looks like a checkpoint
+            old.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def _move_latest(self) -> None:
         tmp = self.root / ".latest"

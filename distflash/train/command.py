@@ -66,7 +66,7 @@ def train(  # a command's parameters are its options: as many as there are
 def start(config: TrainConfig, nproc: int | None) -> int:
     """Runs the job in this process if a launcher started it or one rank is enough, else on `nproc` new ranks of this host."""
     from distflash.launch.run import launch, threads
-    from distflash.launch.world import launched
+    from distflash.launch.world import launched, restarted
 
     if not launched() and (ranks := nproc or _default_ranks()) > 1:
         _check_early(config, ranks)
@@ -80,7 +80,7 @@ def start(config: TrainConfig, nproc: int | None) -> int:
     world = distflash.init()
     if world.device.type == "cpu" and world.size > 1:
         torch.set_num_threads(threads(world.local_size))
-    return run(config, world)
+    return run(dataclasses.replace(config, resume=config.resume or restarted()), world)
 
 
 def arguments(config: TrainConfig) -> list[str]:

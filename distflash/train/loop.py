@@ -255,8 +255,13 @@ def require_same(digest: str, group: dist.ProcessGroup | None, device: torch.dev
 
 
 def run(config: TrainConfig, world: WorldLike) -> int:
-    """The whole job on this rank; the exit code: 0, or 1 if P ranks and one process differ too much."""
+    """The whole job on this rank; the exit code: 0, or 1 if P ranks and one process differ too much.
+
+    All ranks resume if one is told to: a host that joins a job does not know that the others were started again.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    everyone = dist.group.WORLD if dist.is_initialized() else None
+    config = dataclasses.replace(config, resume=global_sums([int(config.resume)], everyone, world.device)[0] > 0)
     report = Report(config, world.is_main)
     trainer = Trainer(config, world, report.say)
     resumed = config.resume and trainer.restore(Path(config.out))

@@ -59,7 +59,9 @@ class Report:
         self.say(description)
         path = self.folder / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        part = path.with_name(".metrics.jsonl")  # all rows or what was there: a run may be killed at any moment
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        part.replace(path)
         self.metrics = path.open("a", buffering=1)
         self._start_progress(step)
 

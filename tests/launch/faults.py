@@ -42,12 +42,12 @@ class Ended(NamedTuple):
     gone: float  # seconds until the process had ended
 
 
-def launch(folder: Path, body, *, limit=LIMIT, ranks=RANKS, deadline=30.0) -> list[Ended]:
-    """Run body(rank) in forked ranks of a job of its own, which must end by themselves."""
+def launch(folder: Path, body, *, limit=LIMIT, ranks=RANKS, deadline=30.0, place=lambda rank: {}) -> list[Ended]:
+    """Run body(rank) in forked ranks of a job of its own, which must end by themselves; place(rank) is run first and gives variables."""
     few = torch.zeros(1, 2, 1, 1)
     distflash.attention(few, few, few)  # what is imported at the first call is imported once, here
     port = free_port()
-    pids = [_fork(folder, rank, ranks, port, body, limit) for rank in range(ranks)]
+    pids = [_fork(folder, rank, ranks, port, body, limit, place) for rank in range(ranks)]
     codes, named, gone, stop = {}, {}, {}, time.monotonic() + deadline
     while len(codes) < ranks and time.monotonic() < stop:
         for rank, pid in enumerate(pids):
@@ -72,7 +72,7 @@ def said(folder, rank):
     return path.read_text() if path.exists() else ""
 
 
-def _fork(folder, rank, ranks, port, body, limit):
+def _fork(folder, rank, ranks, port, body, limit, where):
     pid = os.fork()
     if pid:
         return pid
@@ -85,9 +85,10 @@ def _fork(folder, rank, ranks, port, body, limit):
             os.dup2(file.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         world._session = world._Session()
         try:
+            os.environ |= {name: str(value) for name, value in (place | where(rank)).items()}
             distflash.init(backend="gloo", timeout=60.0, heartbeat=limit)
             body(rank)
             code = 0

@@ -37,8 +37,6 @@ total = torch.tensor([world.rank + 1])
 dist.all_reduce(total)
 os.write(1, f"RANK {world.rank}/{world.size} local {world.local_rank}/{world.local_size} {world.device} {world.backend} {world.launcher} "
             f"sum {total.item()} threads {os.environ.get('OMP_NUM_THREADS')} listens {listening()}\\n".encode())
-if how == "once":  # fails in the first attempt only
-    how = "raise" if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else "end"
 if how != "end":
     if world.rank == 1:
         if how == "kill":

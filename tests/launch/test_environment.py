@@ -119,8 +119,8 @@ def test_slurm_names_a_meeting_point_that_all_ranks_agree_on():
     assert (named.address, named.port) == ("node-1", 1234)
 
 
-def test_each_restart_of_torchrun_has_keys_of_its_own():
-    assert detect(TORCHRUN).job != detect({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}).job
+def test_torchrun_says_how_often_it_has_restarted_and_that_its_store_outlives_attempts():
+    assert [detect(TORCHRUN | count).restarts for count in ({}, {"TORCHELASTIC_RESTART_COUNT": "2"})] == [1, 2]
     assert detect(TORCHRUN).agent_store and not detect(DEEPSPEED).agent_store
 
 

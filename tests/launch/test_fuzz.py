@@ -28,6 +28,10 @@ def test_500_random_problems_equal_the_oracle_or_are_refused_where_they_must_be(
     assert fuzz.fuzzed(ALONE, 500, first, **PLAIN), capsys.readouterr().out
 
 
+def test_what_is_rounded_before_a_sink_and_once_more_behind_it_is_no_mismatch():
+    assert fuzz.judge(draw(210_534, CPU), ALONE) == ("equal", "")
+
+
 def test_processes_judge_as_threads_do():
     def judge():
         import torch.distributed as dist

@@ -2,10 +2,12 @@
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from distflash.launch import rendezvous
 from distflash.launch.environment import Place
@@ -61,6 +63,27 @@ def test_jobs_and_attempts_do_not_see_each_others_keys():
     second, _, _ = rendezvous.meet(Place("env", 1, 2, 1, 2, "localhost", port, job="a/1"), MINUTE, None)
     first.set("key", "stale")
     assert not second.check(["key"])
+
+
+def test_an_attempt_has_one_name_on_all_ranks_whatever_ranks_that_are_gone_have_left_in_the_store():
+    store = HashStore()
+    store.set("ask/1", "a word of a rank that is gone")
+    store.set("here/0/2", "")
+    names = [together(3, store), together(3, store), together(2, store), together(1, store)]
+    assert all(len(set(found)) == 1 for found in names) and len({found[0] for found in names}) == 4
+
+
+def together(size, store):
+    with ThreadPoolExecutor(size) as pool:  # the others first: they find what the attempt before has left
+        found = [pool.submit(rendezvous.attempt, store, rank, size, MINUTE) for rank in reversed(range(size))]
+        return [name.result() for name in found]
+
+
+def test_ranks_that_do_not_come_to_an_attempt_are_named():
+    store = HashStore()
+    store.set("ask/2", "a word of a rank that is gone")
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] did not come within 0 s"):
+        rendezvous.attempt(store, 0, 3, timedelta(seconds=0.1))
 
 
 def test_a_port_in_use_is_named_with_the_cure():

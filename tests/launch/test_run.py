@@ -1,7 +1,6 @@
 """launch/run.py: `distflash run` and torchrun with real processes. Each launch costs some 5 to 10 s, so they are few."""
 
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,14 +61,6 @@ def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
     assert "DistFlashPeerLost: rank 1 (host " in done.stderr and "; rank 0 was in no call of distflash" in done.stderr
     pid = re.search(r"DistFlashPeerLost: rank 1 .host .*, pid ([0-9]+)", done.stderr)[1]
     assert not Path(f"/proc/{pid}").exists()
-
-
-def test_torchrun_recovers_after_a_restart(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = start([*torchrun, "rank.py", "once"], tmp_path, timeout=90)
-    assert done.returncode == 0, done.stderr
-    assert "the bug of rank 1" in done.stderr
-    assert len(ranks_of(done)) == 4
 
 
 def failure(exitcode, time_ns=None, lost_connection=False):

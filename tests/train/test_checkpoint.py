@@ -152,6 +152,24 @@ def test_a_kill_at_any_fsync_or_rename_leaves_a_whole_checkpoint(tmp_path, monke
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
+def test_a_kill_while_an_old_one_is_deleted_leaves_whole_checkpoints_only(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def half(path, **options):
+        (path / "optimizer.safetensors").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with contextlib.suppress(Killed):
+            save(tmp_path, 3)
+    left = [*tmp_path.glob("step-*")]
+    assert {path.name for path in left} >= {"step-00000002", "step-00000003"} and not any(map(ckpt.verify, left))
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["latest", "step-00000003", "step-00000004"]
+
+
 @pytest.mark.parametrize("call", range(6))
 def test_a_full_disk_is_said_clearly_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, call):
     save(tmp_path, 1)

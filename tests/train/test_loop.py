@@ -178,6 +178,23 @@ def test_sharded_ranks_resume_to_the_bit(small_run, world_of):
     assert losses(config) == before and files_of(config.out, 4) == files
 
 
+def test_all_ranks_resume_if_one_was_started_again(small_run, world_of, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def trainer(config, world, say):
+        raise Asked(config.resume)
+
+    def start(who: int) -> torch.Tensor:
+        with pytest.raises(Asked) as caught:
+            run(small_run(resume=dist.get_rank() == who), world_of())
+        return torch.tensor(caught.value.args[0])
+
+    monkeypatch.setattr("distflash.train.loop.Trainer", trainer)
+    assert all(map(torch.all, spmd_processes(2, lambda: start(1))))
+    assert not any(map(torch.any, spmd_processes(2, lambda: start(2))))
+
+
 @pytest.mark.parametrize("settings", [{"cp": 2}, {"cp": 1, "accumulate": 2}, {"cp": 2, "shard": True, "recompute": True}])
 def test_two_ranks_compare_equal_with_one_process(small_run, world_of, settings):
     config = small_run(steps=3, compare_steps=3, checkpoint_every=0, validate=0, sample=0, **settings)
