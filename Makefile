@@ -1,5 +1,6 @@
 # make test     everything that needs no GPU: static checks, kernels compiled for GPUs without one, the CPU tests
 # make test-gpu the tests that need a GPU
+# make docs     the site, in build/site
 # make mutants  every seeded bug must make a test fail; make test tries some. ARGS="--record benchmarks/results/mutants.json" writes it down
 #
 # Everything runs in .venv, made on first use. An environment that has all it needs already: make test-gpu PYTHON=python3
@@ -15,24 +16,26 @@ ifeq ($(strip $(PYTHON)),)
 PY    := .venv/bin/python
 READY := .venv/.dev
 LEAN  := .venv/.train
+SITE  := .venv/.docs
 else
 PY    := $(PYTHON)
 READY :=
 LEAN  :=
+SITE  :=
 endif
 
-.PHONY: venv train test check bench test-gpu mutants compile-check
+.PHONY: venv train test check bench test-gpu mutants compile-check docs
 .NOTPARALLEL:
 
 venv: $(READY)
 
 # .train holds what training needs, .dev the tools besides; without a GPU a torch build that needs none, named first: or pip
-# downloads the newest torch before it reads on
+# downloads the newest torch before it reads on. Modules are compiled when they are imported: most of what pip brings never is
 CPU_PAIR := $(shell sed -n 's/^cpu = //p' pyproject.toml | grep -o '[a-z]\+==[0-9.]\+')
 .venv/.%: pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	if test -e /dev/nvidia0; then wanted=".[$*]"; else wanted=".[cpu,$*] $(CPU_PAIR)"; fi; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e $$wanted
+	.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e $$wanted
 	touch $@
 
 train: $(LEAN)
@@ -66,3 +69,6 @@ compile-check: $(READY) .venvs/triton-$(OLDEST)/.stamp .venvs/triton-$(NEWEST)/.
 
 bench: $(READY)
 	$(PY) -m benchmarks $(ARGS)
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
