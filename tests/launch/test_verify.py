@@ -25,7 +25,7 @@ def verify(monkeypatch):
 def test_right_results_pass_and_every_scheme_is_tried(verify):
     result = verify(*SMALL)
     assert result.exit_code == 0, result.output
-    assert "36 comparisons, 0 out of budget" in result.output  # 4 layouts x 3 orders x (P, U) of (1, 1), (2, 1), (2, 2)
+    assert "60 comparisons, 0 out of budget" in result.output  # 4 layouts x 3 orders x (P, U) of (1, 1), and (2, 1), (2, 2) over both wires
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
