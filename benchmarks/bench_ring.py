@@ -145,6 +145,35 @@ def _line(one: Found, best: Found) -> str:
     return f"{one.cell:36} {one.how:48} {'  '.join(parts)}"
 
 
+def draw(path: Path) -> None:
+    """The file's rates against the length, beside it as PNG."""
+    import json
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in json.loads(path.read_text())["rows"] if "documents" not in r["cell"]]
+    heads = list(dict.fromkeys(r["cell"].split()[1] for r in rows))
+    figure, axes = pyplot.subplots(len(heads), 2, figsize=(12, 4.5 * len(heads)), sharey=True, squeeze=False)
+    for row, head in zip(axes, heads, strict=True):
+        for axis, name, title in zip(row, ("forward", "both"), ("forward", "forward and backward"), strict=True):
+            for how in dict.fromkeys(r["how"] for r in rows if not r["how"].endswith("[fa2]")):
+                found = [(int(r["cell"].split()[0][2:]), *r[name]) for r in rows if r["how"] == how and r["cell"].split()[1] == head]
+                lengths, mid, low, high = zip(*found, strict=True) if found else ((), (), (), ())
+                errors = [[m - l for m, l in zip(mid, low, strict=True)], [h - m for m, h in zip(mid, high, strict=True)]]
+                axis.errorbar(lengths, mid, errors, label=how, capsize=2, linestyle="--" if "bound" in how else "-")
+            axis.set(title=f"{head}, {title}", xscale="log", xlabel="tokens", ylabel="TFLOP/s a GPU, causal")
+            axis.set_xticks(sorted({int(r["cell"].split()[0][2:]) for r in rows}), minor=False)
+            axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k")
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768, 65536, 131072])
@@ -153,7 +182,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, metavar="SEED", help="also 131,072 tokens of packed documents, drawn with this seed")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a result file, measure nothing")
     options = parser.parse_args()
+    if options.plot:
+        draw(options.plot)
+        return
     world = distflash.init()
 
     def say(text: str) -> None:
@@ -170,7 +203,7 @@ def main() -> None:
     for cell in cells:
         rows += measure(world, cell, options.peers, options.repeats, say)
         if world.is_main:
-            write(f"ring_{world.size}x{name}", rows, options.out, checked=checked, seed=options.documents)
+            draw(write(f"ring_{world.size}x{name}", rows, options.out, checked=checked, seed=options.documents))
 
 
 if __name__ == "__main__":
