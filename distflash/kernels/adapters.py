@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -284,7 +284,10 @@ class Fa2Kernel(Adapter):
     name = "fa2"
 
     def _missing(self) -> str | None:
-        found = version("flash_attn") if _package() else "2.7"
+        try:
+            found = version("flash_attn") if _package() else "2.7"
+        except PackageNotFoundError:
+            return "there is a module flash_attn that is no installed package: which version it stands for is not known"
         if tuple(map(int, found.split(".")[:2])) < (2, 7):
             return f"flash_attn {found} is installed, 2.7 or newer is needed: upgrade it, or remove it to use PyTorch's own"
         return None

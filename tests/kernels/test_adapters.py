@@ -390,6 +390,7 @@ def test_a_package_that_is_missing_too_old_or_without_backward_is_the_reason(hop
     assert "no backward" in Fa3Kernel().supports(GPU)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", types.ModuleType("flash_attn.flash_attn_interface"))
+    assert "which version it stands for is not known" in Fa2Kernel().supports(GPU), "a module on the path, not a package"
     monkeypatch.setattr(adapters, "version", {"flash_attn": "2.6.3.post1"}.get)
     assert "flash_attn 2.6.3.post1 is installed, 2.7 or newer" in Fa2Kernel().supports(GPU)
 
