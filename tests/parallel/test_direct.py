@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from distflash.parallel import direct
 from distflash.parallel.layout import LAYOUTS, lengths
 from distflash.parallel.mask import Mask
 from distflash.parallel.plan import ORDERS, halved, narrowed, plan, readers
+from distflash.parallel.wire import symmetric
 from distflash.parallel.wire.local import LocalGroup, LocalWire, RankLost
 from distflash.testing import check, spmd, spmd_processes
 from tests.parallel.test_ring import MASKS, RAGGED, S, agree, divisors
@@ -142,3 +144,21 @@ def test_processes_on_cpus_say_why_they_cannot():
         return chosen.wire_name, chosen.wire_reason
 
     assert spmd_processes(2, work)[0] == ("p2p (gloo)", "not symmetric: it copies between the memories of NVIDIA GPUs")
+
+
+def test_gpus_that_cannot_share_memory_are_a_reason_on_every_rank(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("pidfd_getfd: operation not permitted\nand more")
+
+    wire = SimpleNamespace(device=torch.device("cuda", 0), size=2, per_node=2, group=None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(symmetric, "_count", lambda wire, here: 2 * here)
+    monkeypatch.setattr(symmetric, "CudaWindow", lambda *_: None)
+    assert symmetric.obstacle(wire) is None
+    monkeypatch.setattr(symmetric, "CudaWindow", refused)
+    assert symmetric.obstacle(wire) == "2 of 2 ranks could not share memory: pidfd_getfd: operation not permitted"
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
+    assert symmetric.obstacle(wire) == "2 of 2 ranks cannot reach the memory of all GPUs of the host"
+    wire.per_node = 1
+    assert symmetric.obstacle(wire) == "its ranks must share a host"

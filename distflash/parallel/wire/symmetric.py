@@ -212,12 +212,25 @@ def _can_flush(device: int) -> bool:
 
 
 def obstacle(wire: P2PWire) -> str | None:
-    """Why the ranks of a wire cannot reach each other's memory, None if they can. A collective: all ranks get the same answer."""
+    """Why the ranks of a wire cannot reach each other's memory, None if they can: on all ranks alike. A collective."""
     if wire.device.type != "cuda" or torch.version.hip:
         return "it copies between the memories of NVIDIA GPUs"
     if wire.per_node != wire.size:
         return "its ranks must share a host"
     mine, visible = wire.device.index or 0, torch.cuda.device_count()
     reached = visible >= wire.size and all(torch.cuda.can_device_access_peer(mine, n) for n in range(visible) if n != mine)
-    refused = wire.all_reduce(torch.tensor([not reached], dtype=torch.int32, device=wire.device))
-    return f"{int(refused)} of {wire.size} ranks cannot reach the memory of all GPUs of the host" if int(refused) else None
+    if refused := _count(wire, not reached):
+        return f"{refused} of {wire.size} ranks cannot reach the memory of all GPUs of the host"
+    failure = None
+    try:
+        CudaWindow(wire.group, _GRAIN, wire.device)
+    except RuntimeError as error:  # a container may forbid to hand memory over
+        failure = str(error).strip().partition("\n")[0]
+    if failed := _count(wire, failure is not None):
+        return f"{failed} of {wire.size} ranks could not share memory{f': {failure}' if failure else ''}"
+    return None
+
+
+def _count(wire: P2PWire, here: bool) -> int:
+    """On how many ranks it is so. A collective."""
+    return int(wire.all_reduce(torch.tensor([here], dtype=torch.int32, device=wire.device)))
