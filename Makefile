@@ -25,7 +25,6 @@ SITE  :=
 endif
 
 .PHONY: venv train test check bench test-gpu mutants compile-check docs
-.NOTPARALLEL:
 
 venv: $(READY)
 
@@ -41,7 +40,8 @@ CPU_PAIR := $(shell sed -n 's/^cpu = //p' pyproject.toml | grep -o '[a-z]\+==[0-
 train: $(LEAN)
 	$(PY) -m distflash train $(ARGS)
 
-test: check compile-check
+test: $(READY)
+	$(MAKE) --jobs 2 check compile-check
 	$(PY) -m pytest -m "not gpu" -n $(JOBS) $(ARGS)
 
 test-gpu: $(READY)

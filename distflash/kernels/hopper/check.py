@@ -35,7 +35,7 @@ _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "b
 _SHARED = 232448  # bytes a block may have on sm_90
 # bytes that a shipped configuration is known to spill, by Triton release: slow there, not wrong. Nothing else may spill, nor these more.
 # The configurations are tuned for 3.6, with which torch 2.11 comes; later releases keep more addresses in registers over the loops.
-_KINDS = ("", " running fp32", " fp16", " padded")
+_MOST = " fp16 padded running fp32"  # a backward with every option on
 KNOWN_GAPS = {
     # four addresses of the way out: kept in local memory once a program, read once an item; faster than stores from the matmul's layout
     "3.6": {"forward D64" + kind: 96 for kind in ("", " fp16")},
@@ -43,16 +43,14 @@ KNOWN_GAPS = {
         **{"forward D64" + kind: 120 for kind in ("", " fp16")},
         **{"forward D64" + kind: 32 for kind in (" running fp32", " padded")},
         "forward D64 padded running fp32": 72,
-        "dq D256/128 running fp32": 64,
-        "dq D256 running fp32": 48,
     },
     "3.9": {
         **{"backward D128" + kind: 476 for kind in ("", " fp16")},  # 34 loads and stores in the hot loops
-        **{"backward D128" + kind: 296 for kind in (" running fp32", " padded")},  # 7
-        **{"dkv D128" + kind: 196 for kind in _KINDS},  # 2 in the hot loops; the rest of the backward's: none
-        **{"dkv D256" + kind: 84 for kind in _KINDS},
-        **{"dq D256/128" + kind: 48 for kind in _KINDS},
-        **{"dq D256" + kind: 32 for kind in _KINDS[:3]},
+        "backward D128" + _MOST: 296,  # 7
+        **{"dkv D128" + kind: 204 for kind in ("", " fp16", _MOST)},  # 2 in the hot loops; the rest of the backward's: none
+        **{"dkv D256" + kind: 84 for kind in ("", " fp16", _MOST)},
+        **{"dq D256/128" + kind: 48 for kind in ("", " fp16", _MOST)},
+        **{"dq D256" + kind: 32 for kind in ("", " fp16")},
         **{"forward D192/128" + kind: 88 for kind in ("", " running fp32", " fp16", " padded running fp32")},  # forwards: once an item
         **{"forward D256" + kind: 204 for kind in ("", " fp16")},
         "forward D256 running fp32": 396,
@@ -191,19 +189,21 @@ def _hot_spills(lines: list[str]) -> int:
 
 def _jobs(quick: bool, variants_too: bool) -> dict[str, tuple[tuple, bool]]:
     """name -> (source, shipped) of all that is to be compiled."""
-    jobs, kinds = {}, {"": {}}
+    jobs, forwards, backwards = {}, {"": {}}, {"": {}}
     if not quick:
-        kinds |= {
+        forwards |= {
             " running fp32": {"out": "fp32", "acc": True},
             " fp16": {"dtype": "fp16", "out": "fp16"},
             " padded": {"columns": (59, 59)},
         }
-    for kind, options in kinds.items():
+        backwards |= {" fp16": forwards[" fp16"], _MOST: {"dtype": "fp16", "columns": (59, 59), "out": "fp32", "acc": True}}
+    for kind, options in forwards.items():
         for sides, c in configs.FORWARD.items():
             jobs["forward" + _name(sides) + kind] = forward_source(sides, c, **options), True
             if kind == " padded":  # and one column short of the tile, onto a running partial: the most addresses that an epilogue needs
                 most = {"columns": (sides[0] - 1, sides[1] - 1), "out": "fp32", "acc": True}
                 jobs["forward" + _name(sides) + " padded running fp32"] = forward_source(sides, c, **most), True
+    for kind, options in backwards.items():
         for sides, c in configs.BACKWARD.items():
             jobs |= {name + kind: (source, True) for name, source in backward_sources(sides, c, **options).items()}
     if variants_too:
@@ -243,7 +243,7 @@ def main() -> int:
             bad = seen["spilled"] > gaps.get(name, 0) or seen["serialised"] or seen["shared"] > _SHARED
             failed += bool(bad and _TODO[name][1])
             note = "FAIL" if bad else f"known gap, up to {gaps[name]} B" if seen["spilled"] else ""
-            line = f"{name:<28} regs {seen['registers']:>3}  spilled {seen['spilled']:>4} B (hot loops: {seen['hot']:>2})"
+            line = f"{name:<38} regs {seen['registers']:>3}  spilled {seen['spilled']:>4} B (hot loops: {seen['hot']:>2})"
             print(line, f" shared {seen['shared']:>6}  wgmma {seen['wgmma']:>3} ", *seen["serialised"], note, flush=True)  # noqa: T201
     print(f"{failed} failed" if failed else "all pass")  # noqa: T201
     return min(failed, 1)
