@@ -54,7 +54,28 @@ FLASH = "integrations/test_flash_attn.py"
 CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
+DIRECT = "parallel/test_direct.py::test_every_scheme_gives_the_gradients_of_dense_attention"
+HALVES = "parallel/test_direct.py::test_halves_of_the_own_block_keep_what_the_block_keeps"
 MUTANTS = {
+    # copies between memories
+    "a block is published over one that is being read": Mutant(
+        "parallel/direct.py", "window.writable(*self.others())  # who", "pass  # who", f"{DIRECT}[zigzag-ring-2]"),
+    "of three parts of a gradient the middle one is forgotten": Mutant(
+        "parallel/direct.py", "first.add_(part)", "pass", f"{DIRECT}[zigzag-ring-3]"),
+    "the last half of the own block has no keys": Mutant(
+        "parallel/plan.py", "slice(last.start, last.stop))", "slice(0, 0))", HALVES),
+    "a reader is taken to have a gradient of every token": Mutant(
+        "parallel/plan.py", "found[reader] = meet(cut(layout[reader], mask.pieces), layout[rank], lengths(layout)[reader]).keys",
+        "found[reader] = range(lengths(layout)[rank])",
+        "parallel/test_direct.py::test_readers_and_visits_say_the_same_of_every_pair_of_ranks"),
+    "the band of a tile's part is not moved": Mutant(
+        "tile.py", "Band(self.band.lo - ahead, self.band.hi - ahead)).cropped() if start",
+        "Band(self.band.lo, self.band.hi)).cropped() if start", HALVES),
+    "Ulysses reads what is for another rank": Mutant(
+        "parallel/ulysses.py", "window.of(source)[dest * place", "window.of(source)[source * place", f"{DIRECT}[zigzag-ring-2]"),
+    "a visit's part of a block has the positions of the whole": Mutant(
+        "parallel/autograd.py", "positions.keys(visit.owner, device)[visit.keys]", "positions.keys(visit.owner, device)",
+        "parallel/test_direct.py::test_variants_know_the_positions_of_the_part_of_a_block_that_came"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",

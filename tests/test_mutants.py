@@ -11,7 +11,7 @@ import pytest
 from tests import mutants
 
 RUNNER = Path(__file__).with_name("mutants.py")
-SOME = [*mutants.MUTANTS][::8]
+SOME = [*mutants.MUTANTS][::6]
 
 
 def test_every_seeded_bug_has_its_place_and_its_test():

@@ -14,8 +14,8 @@
 Barriers (count): kv_full (1, TMA), NB each of q_full, do_full (1, TMA), q_empty, do_empty (2). dS has two buffers. HALVES: named barrier
 10, dS of both is stored; at that of step i the other has finished dQ of step i - 1, so buffer i + 1 is free without a second one.
 REDUCER: two each of ds_full (2) and ds_empty (1).
-NAMED: instead of q_empty and do_empty the named barriers 11 and 12, one a slot; of a REDUCER's ds_full, 13 and 14. SENDER: 9 and 13, dQ of
-a consumer is stored; 14 and 15, its buffer is free. With desc_dk, 11 once more at the end: dK and dV are in the buffers of Q and dO.
+NAMED: instead of q_empty and do_empty the named barriers 11 and 12, one a slot; of a REDUCER's ds_full, 13 and 14.
+With desc_dk, 11 once more at the end: dK and dV are in the buffers of Q and dO.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
 """
 
@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper import configs
-from distflash.kernels.hopper.compat import group_sync, named_barrier, thread_barrier, tma_load, tma_reduce_add, tma_store
+from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_load, tma_reduce_add, tma_store
 from distflash.kernels.hopper.forward import again, as_operand, lines, tile_of
 
 HALVES = gl.constexpr(configs.HALVES)
@@ -76,21 +76,9 @@ def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.cons
 
 
 @gluon.jit
-def hand_dq(cid: gl.constexpr, dq_s, dq, scale, FOLD: gl.constexpr):
-    """Leave this consumer's half of dQ to the sender."""
-    if not FOLD:
-        dq = dq * scale
-    named_barrier("sync", 14 + cid, 160)  # the last step's copy has read the buffer
-    thread_barrier()  # for the next step's dS, which Triton would put it in front of; here dK is running
-    dq_s.store(dq)
-    fence_async_shared()
-    named_barrier("arrive", 9 if cid == 0 else 13, 160)
-
-
-@gluon.jit
 def step(
     cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr,
-    PROMPT: gl.constexpr, NAMED: gl.constexpr, SENDER: gl.constexpr, HIDE: gl.constexpr,
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr,
     DQ: gl.constexpr, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs,
     scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
@@ -100,7 +88,7 @@ def step(
     LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less.
     PROMPT: lse and delta are read before the products that they follow are waited for; with LATE, dV is issued before dS is fenced.
     NAMED: Q and dO are given back together, at a named barrier, which stops nobody (an mbarrier's arrival is behind a bar.sync).
-    SENDER: dQ is left to a warp of its own. HIDE: where K and V lie is not kept in registers from step to step."""
+    HIDE: where K and V lie is not kept in registers from step to step."""
     s_l: gl.constexpr = zs.type.layout
     kv_l: gl.constexpr = dk.type.layout
     state = again(state)  # or each address that follows from it becomes a loop variable of its own, spilled
@@ -185,10 +173,7 @@ def step(
             dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
             if not NAMED:
                 mbarrier.arrive(doe.index(slot), count=1)
-        if SENDER:
-            hand_dq(cid, dq_s, dq, scale, FOLD)
-        else:
-            send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
+        send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
     else:
         dv, pb = warpgroup_mma_wait(behind, deps=[dv, pb])
         if not NAMED:
@@ -301,7 +286,7 @@ def consumer(
     cid: gl.constexpr, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
     scale, fold, busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
     NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr,
-    PROMPT: gl.constexpr, NAMED: gl.constexpr, SENDER: gl.constexpr, HIDE: gl.constexpr
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     SPLIT_M: gl.constexpr = BM == 128
@@ -341,14 +326,14 @@ def consumer(
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, SPLIT_M, False, NAMED, SENDER, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                cid, True, OVERLAP, True, FOLD, SPLIT_M, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
                 dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, PROMPT, NAMED, SENDER, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, PROMPT, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
                 dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
@@ -359,34 +344,7 @@ def consumer(
         store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
     else:
         leave(cid, qb, dob, DK, DV, dk, dv, blocks, busy, per, kv_heads, t_k, COLUMNS, COLUMNS_V)
-    if SENDER:
-        named_barrier("sync", 14 + cid, 160)
-    else:
-        tma.store_wait(0)
-
-
-@gluon.jit
-def sender(desc_dq, dqb, blocks, segments, busy, per, kv_heads, group, BM: gl.constexpr, D: gl.constexpr):
-    """The warp that adds both halves of dQ to global memory. Named barriers of 160 threads: 9 and 13, dQ of a consumer is stored; 14 and
-    15, its buffer is free."""
-    block, b, kv = place(busy, per, kv_heads)
-    seg = gl.load(blocks + 4 * block + 2)
-    n_seg = gl.load(blocks + 4 * block + 3)
-    named_barrier("arrive", 14, 160, 1)
-    named_barrier("arrive", 15, 160, 1)
-    for h in range(kv * group, kv * group + group):
-        for sg in range(seg, seg + n_seg):
-            first, left, inner, total = extent(segments, sg)
-            for i in range(total):
-                n0 = first + tile_of(i, left, inner, total - inner) * BM
-                named_barrier("sync", 9, 160, 1)
-                tma_reduce_add(desc_dq, [b, h, n0, 0], dqb.index(0))
-                named_barrier("sync", 13, 160, 1)
-                tma_reduce_add(desc_dq, [b, h, n0, D // 2], dqb.index(1))
-                tma.store_wait(1)
-                named_barrier("arrive", 14, 160, 1)
-                tma.store_wait(0)
-                named_barrier("arrive", 15, 160, 1)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -494,7 +452,7 @@ def backward_kernel(
     kv_heads, group, t_pad, t_k,
     BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
     LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, PROMPT: gl.constexpr, NAMED: gl.constexpr,
-    SENDER: gl.constexpr, HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
+    HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
     desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64] for a
@@ -534,7 +492,6 @@ def backward_kernel(
         mbarrier.init(dse.index(i), count=1)
     fence_async_shared()
     gl.static_assert(NB == 2 or not NAMED)  # numbers 11 and 12
-    gl.static_assert(not SENDER or (DQ == HALVES and BM == 64))
     gl.static_assert(not HIDE or not KV_REGS)
     gl.static_assert(desc_dk is None or (NB >= 2 and BM == 64))
     if DQ == REDUCER:
@@ -544,41 +501,25 @@ def backward_kernel(
                  NAMED)),
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],
             [4, 4, 1],
             [REGS, REGS, REGS_P],
         )  # fmt: skip
-    elif SENDER:
-        gl.warp_specialize(
-            [
-                (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
-                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
-                (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
-                 segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
-                (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
-                 qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
-                (sender, (desc_dq, dqb, blocks, segments, busy, per, kv_heads, group, BM, D)),
-            ],
-            [4, 1, 1],
-            [REGS, REGS_P, REGS_P],
-        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, SENDER, HIDE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],

@@ -45,7 +45,6 @@ class KeysConfig:
     kv_regs: bool = False  # K and V are held in registers
     prompt: bool = False  # lse and delta are read before the matmuls are waited for, dV is issued before dS is fenced
     named: bool = False  # Q and dO are given back together, at a named barrier
-    sender: bool = False  # a warp of its own adds dQ to global memory; HALVES
     staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
     hide: bool = False  # where K and V lie is not kept in registers from step to step
     regs: tuple[int, int, int] = (240, 0, 24)  # consumer, reducer, producer
@@ -175,7 +174,6 @@ BACKWARD_VARIANTS = {
         "named": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "named_early": replace(_64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
-        "sender": replace(_64, one_pass=KeysConfig(64, 2, True, False, prompt=True, named=True, sender=True, hide=True)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
         "late": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
         "two": replace(_64, one_pass=None),
@@ -187,14 +185,8 @@ BACKWARD_VARIANTS = {
         "prompt": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True)),
         "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
         "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
-        "sender": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True, sender=True)),
-        "sender_early": replace(_128, one_pass=KeysConfig(64, 2, False, False, prompt=True, hide=True, named=True, sender=True)),
-        "sender_early_overlap": replace(_128, one_pass=KeysConfig(64, 2, True, False, prompt=True, hide=True, named=True, sender=True)),
         "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
         "named_staged": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, staged=True)),
-        "sender_staged": replace(
-            _128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, sender=True, staged=True)
-        ),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
