@@ -138,7 +138,8 @@ def noise_of(call: Call, x: Inputs, truth: Results, kept: torch.dtype, seed: int
     Budgets say what is usual; where results cancel (one-hot softmax, two keys, scores of 50) an error that is no bug is larger. Here
     inputs are rounded as sums of products are in the accumulator's dtype, and those that probabilities are multiplied with as
     probabilities are in the dtype in which kernels have `kept` them; delta is of an output that was rounded to its dtype, and so are
-    out before a sink and dout behind it; a row's probabilities are those of an lse that was rounded in the forward, not in the backward.
+    out before a sink and dout behind it; a row's probabilities are those of an lse that was rounded in the forward, of scores that the
+    backward rounds otherwise.
     """
     # a dot product of n terms errs as sums do whose parts grow like sqrt(n)
     eps = torch.finfo(accumulator(x.q.dtype)).eps * max(1.0, max(x.q.shape[3], x.v.shape[3]) ** 0.5 / 4)
@@ -151,8 +152,9 @@ def noise_of(call: Call, x: Inputs, truth: Results, kept: torch.dtype, seed: int
     def around(t: Tensor, size: Tensor | float) -> Tensor:
         return t + size * torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator)
 
+    forward = finite
     for _ in range(8):
-        row = around(torch.ones_like(finite), eps * (1 + finite.abs()))
+        row = around(torch.exp(finite - forward), eps * (1 + finite.abs()))
         moved = Inputs(
             around(q, eps * q.abs()),
             around(k, eps * k.abs()),
@@ -161,6 +163,7 @@ def noise_of(call: Call, x: Inputs, truth: Results, kept: torch.dtype, seed: int
             around(dlse * row, cast * delta),
         )
         found = truth_of(call, moved, seed=seed)
+        forward = torch.where(found.lse > float("-inf"), found.lse, 0.0)
         if call.sinks is not None:  # it shrinks an output that was rounded to its dtype
             found = found._replace(out=around(found.out, cast * found.out.abs()))
         worst = [w if w is None else torch.maximum(w, (a - b).abs().nan_to_num(0.0)) for w, a, b in zip(worst, found, truth, strict=True)]

@@ -150,3 +150,12 @@ def test_rounding_does_not_explain_a_gradient_that_is_2_percent_off(name, dtype)
     noise = noise_of(call, x, truth, torch.float32)
     wrong = fuzz._forgiven(found._replace(**{name: 1.02 * getattr(found, name)}), truth, noise)
     assert [*errors(wrong, truth, truth_of(call, x, dtype), dtype)] == [name]
+
+
+def test_scores_are_rounded_one_way_forward_and_another_backward():
+    """A row of one key: its probability is 1 only if both passes sum 128 products alike, and products of other shapes do not."""
+    call, x = Call(scale=1.0), inputs(1, heads=2, dim=128, dtype=torch.float32)
+    x = x._replace(k=x.k - x.q * (x.q * x.k).sum(-1, keepdim=True) / x.q.square().sum(-1, keepdim=True))  # large products, a score of 0
+    noise = noise_of(call, x, truth_of(call, x), torch.float32)
+    summed = torch.finfo(torch.float32).eps * (x.q * x.k).norm(dim=-1, keepdim=True)  # a rounding of each product
+    assert (noise.dv > summed * x.dout.abs()).all()
