@@ -57,20 +57,23 @@ def padding(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": filled(ids, 0), "attention_mask": mask, "labels": filled([f["labels"] for f in features], IGNORE)}
 
 
-def settings(folder: str, accumulate: int, **more: Any) -> Any:
+def settings(folder: str, accumulate: int, use_cpu: bool = True, **more: Any) -> Any:
     return transformers.TrainingArguments(
         output_dir=folder, per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=accumulate,
         num_train_epochs=1, optim="sgd", learning_rate=0.2, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
-        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **more,
+        save_strategy="no", report_to=[], use_cpu=use_cpu, disable_tqdm=True, dataloader_pin_memory=False, **more,
     )  # fmt: skip
 
 
-def trained(kind: type, folder: str, collator: Any, accumulate: int, count: int, **more: Any) -> tuple[list[float], float, list[Tensor]]:
+Epoch = tuple[list[float], float, list[Tensor]]
+
+
+def trained(kind: type, folder: str, collator: Any, accumulate: int, count: int, use_cpu: bool = True, **more: Any) -> Epoch:
     """Losses of the updates, loss of an evaluation, and parameters, after one epoch."""
     torch.manual_seed(0)
     trainer = kind(
-        tiny("Llama"), settings(folder, accumulate), train_dataset=samples()[:count], eval_dataset=samples()[:3], data_collator=collator,
-        **more,
+        tiny("Llama"), settings(folder, accumulate, use_cpu), train_dataset=samples()[:count], eval_dataset=samples()[:3],
+        data_collator=collator, **more,
     )  # fmt: skip
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -102,13 +105,21 @@ def test_an_epoch_of_the_trainer_is_that_of_one_process(tmp_path, collate, group
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (groups, 2), mesh_dim_names=("dp", "sp"))
         return trained(Shared, str(tmp_path), collator, accumulate // groups, count, sp=distflash.SequenceParallel(mesh["sp"]))
 
-    losses, evaluated, parameters = trained(Ordered, str(tmp_path), collator, accumulate, count)
-    assert len(losses) == 4 // accumulate
-    for found_losses, found_evaluated, found in in_world(2 * groups, rank):
-        assert found_losses == pytest.approx(losses, rel=1e-4)
-        assert found_evaluated == pytest.approx(evaluated, rel=1e-4 if groups == 1 else 0.05)  # data parallel batches are weighed together
-        for mine, theirs in zip(found, parameters, strict=True):
-            torch.testing.assert_close(mine.float(), theirs, rtol=1e-3, atol=1e-5)
+    expected = trained(Ordered, str(tmp_path), collator, accumulate, count)
+    assert len(expected[0]) == 4 // accumulate
+    for found in in_world(2 * groups, rank):
+        assert_same_epoch(found, expected, evaluated=1e-4 if groups == 1 else 0.05)  # data parallel batches are weighed together
+
+
+def assert_same_epoch(found: Epoch, expected: Epoch, evaluated: float = 1e-4) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    assert found[1] == pytest.approx(expected[1], rel=evaluated)
+    assert_same_parameters(found[2], expected[2])
+
+
+def assert_same_parameters(found: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_shuffle_alike_however_much_they_draw(tmp_path):
@@ -127,29 +138,26 @@ def test_ranks_shuffle_alike_however_much_they_draw(tmp_path):
     assert first == second
 
 
+def accelerated(accelerator: Any, sp: Any) -> list[Tensor]:
+    """Parameters after three steps, with Accelerate alone."""
+    torch.manual_seed(0)
+    model = tiny("Qwen3")
+    if sp is not None:
+        enable(model, sp)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.2))
+    for n in (0, 2, 4):
+        batch = {name: x.to(accelerator.device) for name, x in transformers.DataCollatorWithFlattening()(samples()[n : n + 2]).items()}
+        batch = {**batch, "use_cache": False} if sp is None else shard(batch, sp)
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in accelerator.unwrap_model(model).parameters()]
+
+
 def test_accelerate_alone_needs_enable_and_shard():
-    def steps(accelerator: Any, sp: Any) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = tiny("Qwen3")
-        if sp is not None:
-            enable(model, sp)
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.2))
-        for n in (0, 2, 4):
-            batch = transformers.DataCollatorWithFlattening()(samples()[n : n + 2])
-            batch = {**batch, "use_cache": False} if sp is None else shard(batch, sp)
-            accelerator.backward(model(**batch).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        return [p.detach() for p in accelerator.unwrap_model(model).parameters()]
-
-    def rank() -> list[Tensor]:
-        accelerator = accelerate.Accelerator(cpu=True)
-        return steps(accelerator, distflash.SequenceParallel())
-
-    expected = steps(accelerate.Accelerator(cpu=True), None)
-    for found in in_world(2, rank):
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine.float(), theirs, rtol=1e-3, atol=1e-5)
+    expected = accelerated(accelerate.Accelerator(cpu=True), None)
+    for found in in_world(2, lambda: accelerated(accelerate.Accelerator(cpu=True), distflash.SequenceParallel())):
+        assert_same_parameters(found, expected)
 
 
 def test_labels_are_counted_over_data_and_sequence_parallel_ranks():

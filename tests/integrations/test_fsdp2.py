@@ -29,10 +29,10 @@ def hybrid(model, mesh):
     return fully_shard(model, mesh=mesh)
 
 
-def compiled(model, mesh):
+def compiled(model, mesh, backend="aot_eager"):
     """FSDP2, each block one graph."""
     for block in model.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
+        block.compile(fullgraph=True, backend=backend)
     return sharded(model, mesh)
 
 

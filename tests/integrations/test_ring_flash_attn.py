@@ -58,9 +58,9 @@ def packed(packing: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (q, torch.stack((k, v), -3)) if packing == "kvpacked_func" else (torch.stack((q, k, v), -3),)
 
 
-def extra(family: str, documents: tuple[int, ...], rank: int, ranks: int, causal: bool, stride: int) -> dict[str, Any]:
+def extra(family: str, documents: tuple[int, ...], rank: int, ranks: int, causal: bool, stride: int, device: Any = "cpu") -> dict[str, Any]:
     """What a function is told about documents."""
-    cu = torch.tensor(documents, dtype=torch.int32)
+    cu = torch.tensor(documents, dtype=torch.int32, device=device)
     if family.startswith("llama3"):
         cu_q, cu_k, max_q, max_k, keys = rfa.llama3_flash_attn_prepare_cu_seqlens(cu, causal, rank, ranks)
         found = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
@@ -69,37 +69,37 @@ def extra(family: str, documents: tuple[int, ...], rank: int, ranks: int, causal
     return {"cu_seqlens": cu // ranks, "max_seqlen": longest // ranks} if family.endswith("varlen") else {}
 
 
-def run(family: str, call: Call, x, ranks: int, packing: str = "func", stride: int = 1, padding: int = 0) -> Attention:
-    """The function called by `ranks` ranks with their shards, put together again."""
+def part(
+    family: str, call: Call, x, group: Any, rank: int, ranks: int, packing: str = "func", stride: int = 1, padding: int = 0
+) -> tuple[Tensor, Attention]:
+    """The function called by a rank with its shard: (global indices of its tokens, results)."""
     documents = call.documents or (0, x.q.shape[1])
-    order = "all_gather" if family.startswith("llama3") else "auto"
+    index = torch.tensor(held(family.partition("_")[0], rank, ranks, documents), device=x.q.device)
+    leaves = [t[:, index].detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    schemes.parallel(group, "all_gather" if family.startswith("llama3") else "auto").seed_dropout(START)
+    tensors = leaves
+    if family.endswith("varlen"):
+        behind = x.q.new_full((padding,), float("nan"))
+        tensors = [torch.cat([leaf[0], behind[:, None, None].expand(-1, *leaf.shape[2:])]) for leaf in leaves]
+    function = getattr(rfa, f"{family}_{packing}")
+    told = extra(family, documents, rank, ranks, call.causal, stride, x.q.device)
+    asked = {name: call.options[name] for name in ("causal", "window_size", "dropout_p", "deterministic", "alibi_slopes", "softmax_scale")}
+    out, lse, nothing = function(*packed(packing, *tensors), **told, **asked, return_attn_probs=True, group=group)
+    assert nothing is None
+    if family.endswith("varlen"):
+        rows = len(index)
+        assert out.dim() == 3 and lse.shape == (out.shape[1], rows + padding)
+        assert not out[rows:].any() and (lse[:, rows:] == float("-inf")).all()
+        out, lse = out[None, :rows], lse[None, :, :rows]
+    dout, dlse = x.dout[:, index], x.dlse[:, :, index]
+    finite = torch.where(lse > float("-inf"), lse, 0.0)
+    ((out * dout).sum() + (finite * dlse).sum()).backward()
+    return index, Attention(out.detach(), lse.detach(), *(leaf.grad for leaf in leaves))
 
-    def work(group) -> tuple[Tensor, Attention]:
-        index = torch.tensor(held(family.partition("_")[0], group.rank, ranks, documents))
-        leaves = [t[:, index].detach().requires_grad_() for t in (x.q, x.k, x.v)]
-        schemes.parallel(group, order).seed_dropout(START)
-        tensors = leaves
-        if family.endswith("varlen"):
-            behind = torch.full((padding,), float("nan"), dtype=x.q.dtype)
-            tensors = [torch.cat([leaf[0], behind[:, None, None].expand(-1, *leaf.shape[2:])]) for leaf in leaves]
-        function = getattr(rfa, f"{family}_{packing}")
-        told = extra(family, documents, group.rank, ranks, call.causal, stride)
-        asked = {
-            name: call.options[name] for name in ("causal", "window_size", "dropout_p", "deterministic", "alibi_slopes", "softmax_scale")
-        }
-        out, lse, nothing = function(*packed(packing, *tensors), **told, **asked, return_attn_probs=True, group=group)
-        assert nothing is None
-        if family.endswith("varlen"):
-            rows = len(index)
-            assert out.dim() == 3 and lse.shape == (out.shape[1], rows + padding)
-            assert not out[rows:].any() and (lse[:, rows:] == float("-inf")).all()
-            out, lse = out[None, :rows], lse[None, :, :rows]
-        dout, dlse = x.dout[:, index], x.dlse[:, :, index]
-        finite = torch.where(lse > float("-inf"), lse, 0.0)
-        ((out * dout).sum() + (finite * dlse).sum()).backward()
-        return index, Attention(out.detach(), lse.detach(), *(leaf.grad for leaf in leaves))
 
-    return whole(spmd(ranks, work))
+def run(family: str, call: Call, x, ranks: int, **how: Any) -> Attention:
+    """The function called by `ranks` ranks with their shards, put together again."""
+    return whole(spmd(ranks, lambda group: part(family, call, x, group, group.rank, ranks, **how)))
 
 
 def check(family: str, call: Call, ranks: int, **how: Any) -> None:
@@ -287,47 +287,47 @@ def test_without_a_group_all_processes_share_the_sequence():
     spmd_processes(2, work)
 
 
-@pytest.fixture
-def tiny():
-    """A Llama of two layers with grouped heads in fp64, and what its own eager attention computes of each document."""
+def tiny(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """A Llama of two layers with grouped heads, and what its own eager attention computes of each document."""
     import transformers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=32, max_position_embeddings=64, attn_implementation="eager", **sizes)
-    model = transformers.LlamaForCausalLM(config).double()
-    ids, documents = torch.randint(32, (1, 12)), (0, 5, 12)
+    model = transformers.LlamaForCausalLM(config).to(device, dtype)
+    ids, documents = torch.randint(32, (1, 12)).to(device), (0, 5, 12)
     logits = torch.cat([model(ids[:, a:b]).logits for a, b in pairwise(documents)], dim=1)
     logits.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(documents)])[None]
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(documents)])[None].to(device)
     return model, ids, positions, torch.tensor(documents, dtype=torch.int32), logits.detach(), grads
 
 
-def test_a_model_of_transformers_computes_flash_attention_2_across_ranks(tiny):
-    model, ids, positions, cu, logits, grads = tiny
+def on_half(model, ids, positions, cu, logits, grads, atol: float = 1e-7) -> None:
+    """One of two ranks: the model's logits and summed gradients are those that `tiny` found."""
+    rank = torch.distributed.get_rank()
+    rfa.substitute_hf_flash_attn(None, 1)
+    model.config._attn_implementation = "flash_attention_2"
+    mine = slice(6 * rank, 6 * rank + 6)
+    with pytest.raises(RuntimeError, match="call update_ring_flash_attn_params"):
+        model(ids[:, mine], position_ids=positions[:, mine])
+    with pytest.raises(ValueError, match="13 tokens must be divisible by the 2 ranks"):
+        rfa.update_ring_flash_attn_params(torch.tensor([0, 13]), None)
+    rfa.update_ring_flash_attn_params(cu, None)
+    out = model(ids[:, mine], position_ids=positions[:, mine]).logits
+    torch.testing.assert_close(out, logits[:, mine], rtol=1e-5, atol=atol)  # eager takes its softmax in fp32
+    out.square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.distributed.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=atol)
+    with pytest.raises(ValueError, match="one row of packed documents without padding"):
+        model(ids[:, mine], position_ids=positions[:, mine], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]], device=ids.device))
 
-    def work():
-        rank = torch.distributed.get_rank()
-        rfa.substitute_hf_flash_attn(None, 1)
-        model.config._attn_implementation = "flash_attention_2"
-        mine = slice(6 * rank, 6 * rank + 6)
-        with pytest.raises(RuntimeError, match="call update_ring_flash_attn_params"):
-            model(ids[:, mine], position_ids=positions[:, mine])
-        with pytest.raises(ValueError, match="13 tokens must be divisible by the 2 ranks"):
-            rfa.update_ring_flash_attn_params(torch.tensor([0, 13]), None)
-        rfa.update_ring_flash_attn_params(cu, None)
-        out = model(ids[:, mine], position_ids=positions[:, mine]).logits
-        torch.testing.assert_close(out, logits[:, mine], rtol=1e-5, atol=1e-7)  # eager takes its softmax in fp32
-        out.square().sum().backward()
-        for name, p in model.named_parameters():
-            torch.distributed.all_reduce(p.grad)
-            torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-7)
-        with pytest.raises(ValueError, match="one row of packed documents without padding"):
-            model(ids[:, mine], position_ids=positions[:, mine], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]))
 
-    spmd_processes(2, work)
+def test_a_model_of_transformers_computes_flash_attention_2_across_ranks():
+    case = tiny()
+    spmd_processes(2, lambda: on_half(*case))
 
 
 def test_a_layer_of_transformers_gets_its_window_softcap_and_sinks():

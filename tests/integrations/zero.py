@@ -1,4 +1,7 @@
-"""What ranks run in test_deepspeed.py, with the real DeepSpeed on the CPU: one optimizer step, and what one process makes of it."""
+"""One optimizer step with the real DeepSpeed, and what one process makes of it: for test_deepspeed*.py and tests/gpu.
+
+On the CPU, unless DS_ACCELERATOR says something else before this is imported.
+"""
 
 import os
 
@@ -15,12 +18,14 @@ import distflash
 from distflash.integrations.deepspeed import create_mpu
 from distflash.train.model import Llama, ModelConfig
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for two minutes
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for two minutes
 deepspeed.utils.logger.setLevel("ERROR")
 torch.compile(torch.nn.Identity())  # imports the compiler, which DeepSpeed asks for, once here instead of in every rank
 
 MODEL = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, hidden=48, vocab=61)
 LENGTH, LR = 37, 0.5  # no number of ranks divides the length
+DEVICE = os.environ["DS_ACCELERATOR"]
 
 
 def batches(passes=1):
@@ -29,12 +34,12 @@ def batches(passes=1):
     tokens, labels = torch.randint(0, MODEL.vocab, (2, passes, 2, LENGTH), generator=generator)
     ignore = torch.rand(passes, 2, LENGTH, generator=generator) < 0.3
     ignore[:, 0, 4:-4] = True
-    return tokens, labels, ignore
+    return [x.to(DEVICE) for x in (tokens, labels, ignore)]
 
 
 def make_model():
     torch.manual_seed(0)
-    return Llama(MODEL)
+    return Llama(MODEL).to(DEVICE)
 
 
 def losses(model, tokens, labels, seq):
@@ -44,7 +49,7 @@ def losses(model, tokens, labels, seq):
 
 def alone(sequences, passes=1, clip=0.0):
     """(loss of the last pass, parameters after one step of SGD, by name) of one process, which has all sequences."""
-    model, seq = make_model(), distflash.SequenceParallel.single("cpu").sequence(length=LENGTH)
+    model, seq = make_model(), distflash.SequenceParallel.single(DEVICE).sequence(length=LENGTH)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for tokens, labels, ignore in zip(*batches(passes), strict=True):
         per_token = torch.cat([losses(model, t, x, seq) for t, x in zip(tokens[:sequences], labels[:sequences], strict=True)])
@@ -95,3 +100,13 @@ def step(stage, sp, passes=1, clip=0.0, **changes):
         engine.backward(loss)
         engine.step()
     return loss.item(), list(parameters(engine).values())
+
+
+def assert_same(found, expected):
+    """What `step` returned is what `alone` did: DeepSpeed and torch add up fp32 in other orders."""
+    assert abs(found[0] - expected[0]) <= 1e-6 * abs(expected[0]), f"loss {found[0]}, alone {expected[0]}"
+    start = dict(make_model().named_parameters())
+    for (name, truth), x in zip(expected[1].items(), found[1], strict=True):
+        moved, told = (x - start[name]).detach(), (truth - start[name]).detach()  # the gradient, times the learning rate
+        assert told.norm() > 0
+        assert (moved - told).norm() <= 1e-5 * told.norm() + 1e-6, f"{name} is off by {((moved - told).norm() / told.norm()).item():.1e}"

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distflash
+from distflash.cost.traffic import Shape
 from distflash.kernels.base import Problem
 from distflash.kernels.select import select
 from distflash.parallel.agreement import Disagreement
@@ -248,12 +249,12 @@ def test_ranks_that_disagree_in_a_graph_say_so_before_anything_is_sent(monkeypat
 # activation checkpoints
 
 
-def counted(monkeypatch):
-    """Calls of the ring's loops, and messages."""
-    calls = {"forward": 0, "backward": 0, "exchange": 0}
+def counted(monkeypatch, *messages):
+    """Calls of the ring's loops, and of what moves messages: (class, method), of wires between threads unless given."""
+    calls = {}
 
     def count(owner, name):
-        original = getattr(owner, name)
+        original, calls[name] = getattr(owner, name), 0
 
         def call(*args, **kwargs):
             calls[name] += 1
@@ -263,7 +264,8 @@ def counted(monkeypatch):
 
     for name in ("forward", "backward"):
         count(distflash.parallel.ring, name)
-    count(LocalWire, "exchange")
+    for owner, name in messages or ((LocalWire, "exchange"),):
+        count(owner, name)
     return calls
 
 
@@ -305,7 +307,7 @@ def test_operators_pass_pytorchs_own_checks(ulysses, softcap, slopes, p):
         asked = (*["softcap"] * bool(softcap), *["alibi_slopes"] * slopes, *["dropout_p"] * bool(p))
         kernel = select("eager", Problem(x.q.device, x.q.dtype, 4, 2, 8, 5, variants=asked))
         mask = distflash.parallel.mask.Mask(None, 0, seq.cu_seqlens)
-        scheme = seq.scheme(mask, kernel, 0.3, 4, 2, (softcap, p) if asked else None)
+        scheme = seq.scheme(mask, kernel, 0.3, Shape(4, 2, 8, 5), (softcap, p) if asked else None)
         leaves = [seq.shard(t).detach().requires_grad_() for t in x[:3]]
         rest = torch.linspace(0.1, 1, 4).expand(2, 4) if slopes else None, torch.tensor([5]) if p else None, None
         check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
