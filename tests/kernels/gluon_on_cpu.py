@@ -379,7 +379,7 @@ def _modules() -> dict[str, ModuleType]:
     vars(compat).update(
         NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, named_barrier=_named_barrier,
         group_sync=lambda number, threads: _named_barrier("sync", number, threads), thread_barrier=lambda: None, tma_load=_tma_load,
-        tma_reduce_add=_tma_reduce_add, tma_store=_tma_store,
+        tma_reduce_add=_tma_reduce_add, tma_store=_tma_store, scale_where_changed=lambda x, factor: x * factor,
     )  # fmt: skip
     stats = ModuleType("stats")
     stats.stats_kernel, stats.delta_kernel = _stats, None  # type: ignore[attr-defined]

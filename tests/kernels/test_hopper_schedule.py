@@ -22,6 +22,12 @@ def kept(tiles: Tiles) -> np.ndarray:
     return seen
 
 
+def in_turn(left: int, inner: int, total: int) -> list[int]:
+    """A segment's tiles in the kernels' order (forward.tile_of): masked on the right, the last first; masked on the left; inner."""
+    right = total - inner - left
+    return [*range(total - 1, total - 1 - right, -1), *range(left), *range(left, left + inner)]
+
+
 def covered(tiles: Tiles, rows: int, width: int, transposed: bool) -> np.ndarray:
     """What a kernel that follows the schedule would compute, tile by tile, in the kernel's order."""
     work = schedule(tiles, rows, width, torch.device("cpu"), transposed)
@@ -31,7 +37,7 @@ def covered(tiles: Tiles, rows: int, width: int, transposed: bool) -> np.ndarray
         assert count > 0 and stop - start <= rows
         for first, limit, lo, hi, left, inner, total, begin in work.segments[at : at + count].tolist():
             masked = total - inner
-            order = [i if i < left else i + inner if i < masked else i - masked + left for i in range(total)]
+            order = in_turn(left, inner, total)
             assert sorted(order) == list(range(total)) and total > 0
             assert first >= 0 and (first % 4 == 0 or not transposed)  # what TMA can read of a vector of fp32
             for i, tile in enumerate(order):
@@ -79,6 +85,47 @@ def test_rows_that_meet_two_entries(transposed):
         np.testing.assert_array_equal(covered(tiles, rows, width, transposed), kept(tiles))
 
 
+def spared_of(work, block: int, rows: int, width: int) -> list[tuple[bool, bool]]:
+    """Of the 64 rows of each consumer: do they skip the first tile, need no mask in the last that has some? What is told must be true."""
+    start, _, at, _ = work.blocks[block].tolist()
+    first, limit, lo, hi, left, inner, total, begin = work.segments[at].tolist()
+    told = [tuple(bool(work.spared[block, 0] >> shift + c & 1) for shift in (0, 8)) for c in range(rows // 64)]
+    for c, (late, plain) in enumerate(told):
+        row = np.arange(start + 64 * c, start + 64 * c + 64)[:, None]
+        for tile, claimed, wanted in ((0, late, False), (total - inner - 1, plain, True)):
+            if claimed:
+                assert total > 1 or wanted
+                col = first + in_turn(left, inner, total)[tile] * width + np.arange(width)[None, :]
+                assert (((col >= np.maximum(row + lo, begin)) & (col < np.minimum(row + hi + 1, limit))) == wanted).all()
+    return told
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_is_spared_a_tile_or_its_mask_does_not_need_it(seed):
+    small = some_tiles(seed)
+    longer = lambda x: slice(9 * x.start, 9 * x.stop)  # noqa: E731
+    entries = [Tile(longer(t.q), longer(t.kv), Band(9 * t.band.lo, 9 * t.band.hi)) for t in small]
+    tiles = Tiles(tuple(entries), 9 * small.q_len, 9 * small.kv_len)
+    for rows, width in ((128, 64), (192, 128), (128, 128)):
+        work = schedule(tiles, rows, width, torch.device("cpu"))
+        for block in range(work.busy):
+            spared_of(work, block, rows, width)
+
+
+def test_on_the_diagonal_a_consumer_skips_what_is_right_of_it_and_masks_nothing_left_of_it():
+    n, both, neither, skips, plain = 768, (True, True), (False, False), (True, False), (False, True)
+    causal = Tiles((Tile(slice(0, n), slice(0, n), Band(-FAR, 0)),), n, n)
+    for rows, width, wanted in (
+        (192, 128, [[skips, skips, plain], [skips, plain, plain]] * 2),
+        (128, 64, [[skips, plain]] * 6),
+        (128, 128, [[neither, neither]] * 6),
+        (192, 64, [[skips, both, plain]] * 4),
+    ):
+        work = schedule(causal, rows, width, torch.device("cpu"))
+        told = [spared_of(work, block, rows, width) for block in reversed(range(work.busy))]
+        assert told == wanted
+
+
 def test_a_causal_block_has_masks_on_its_diagonal_only():
     n = 1024
     work = schedule(Tiles((Tile(slice(0, n), slice(0, n), Band(-FAR, 0)),), n, n), 128, 128, torch.device("cpu"))
@@ -102,7 +149,7 @@ def test_every_program_gets_the_same_work(blocks, heads, at_once, programs):
         assert row
         for r, (block, _) in enumerate(row):
             fields = work.blocks[block].tolist()
-            assert order[p, r, 2:].tolist() == [*fields, len(row), 0, *work.segments[fields[2]].tolist()]
+            assert order[p, r, 2:].tolist() == [*fields, len(row), *work.spared[block].tolist(), *work.segments[fields[2]].tolist()]
     assert sorted(x for row in items for x in row) == [(b, h) for b in range(blocks) for h in range(heads)]
     assert all((order[p, len(row) :, 0] == -1).all() for p, row in enumerate(items))  # nothing after the first hole
     loads = [sum(work.work[b] for b, _ in row) for row in items]

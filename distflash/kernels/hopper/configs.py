@@ -20,6 +20,7 @@ class ForwardConfig:
     q_stages: int = 1  # buffers of Q: with 2, the next item's Q comes during this one
     ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
     staged: bool = False  # out leaves through a Q buffer by TMA where it can; needs two
+    lazy: int = 0  # a row's running maximum moves once it is passed by this many powers of 2; 0: always
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
@@ -99,10 +100,10 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True) if not LATER else ForwardConfig(2, 128, 3),
     (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True),
-    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True),
+    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, ahead=not LATER, staged=True),
     (192, 128): ForwardConfig(2, 128, 2),
     (192, 192): ForwardConfig(2, 64, 3),
-    (256, 256): ForwardConfig(2, 64, 2, ahead=True),
+    (256, 256): ForwardConfig(2, 64, 2, lazy=8),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
@@ -128,7 +129,8 @@ FORWARD_VARIANTS = {
         "one_q": ForwardConfig(2, 128, 2),
         "two_q": ForwardConfig(2, 128, 2, q_stages=2),
         "ahead": ForwardConfig(2, 128, 2, **_AHEAD),
-        "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
+        "staged": ForwardConfig(2, 128, 2, q_stages=2, staged=True),
+        "lazy": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, lazy=8),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -141,6 +143,8 @@ FORWARD_VARIANTS = {
     (256, 256): {
         "simple": ForwardConfig(2, 64, 2, persistent=False),
         "one_q": ForwardConfig(2, 64, 2),
+        "ahead": ForwardConfig(2, 64, 2, ahead=True),
+        "ahead_lazy": ForwardConfig(2, 64, 2, ahead=True, lazy=8),
     },
 }
 

@@ -22,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.compat import tma_load, tma_store
+from distflash.kernels.hopper.compat import scale_where_changed, tma_load, tma_store
 
 
 @gluon.jit
@@ -49,8 +49,9 @@ def pick(r, order, rounds, heads):
 
 @gluon.jit
 def tile_of(i, left, inner, masked):
-    """Column tile of step i: the masked ones on the left, those on the right, then the inner ones."""
-    return gl.where(i < left, i, gl.where(i < masked, i + inner, i - masked + left))
+    """Column tile of step i: the masked ones on the right, the last first; those on the left; then the inner ones."""
+    right = masked - left
+    return gl.where(i < right, masked + inner - 1 - i, gl.where(i < masked, i - right, i - masked + left))
 
 
 @gluon.jit
@@ -78,6 +79,15 @@ def scaled(acc, factor):
     new = (acc[0] * gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None],)
     for c in gl.static_range(1, len(acc)):
         new = new + (acc[c] * gl.convert_layout(factor, gl.SliceLayout(1, acc[c].type.layout))[:, None],)
+    return new
+
+
+@gluon.jit
+def rescaled(acc, factor):
+    """`scaled`, for factors that are mostly 1."""
+    new = (scale_where_changed(acc[0], gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None]),)
+    for c in gl.static_range(1, len(acc)):
+        new = new + (scale_where_changed(acc[c], gl.convert_layout(factor, gl.SliceLayout(1, acc[c].type.layout))[:, None]),)
     return new
 
 
@@ -118,7 +128,7 @@ def before(idx, ph, NB: gl.constexpr):
 
 
 @gluon.jit
-def step(MASK: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
+def step(MASK: gl.constexpr, LAZY: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
     """One column tile: QK of this one and PV of the last one, of the weights p, run together; the softmax of this one beside PV."""
     s_l: gl.constexpr = zero.type.layout
     BN: gl.constexpr = zero.type.shape[1]
@@ -134,16 +144,17 @@ def step(MASK: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, 
         cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
         s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
     top = gl.maximum(m, gl.max(s, 1) * qs)
+    if LAZY > 0:  # weights of up to 2^LAZY do no harm, and spare most rows most multiplications
+        top = gl.where(top > m + LAZY, top, m)
     shift = gl.where(top == float("-inf"), 0.0, top) if MASK else top
     alpha = gl.exp2(m - shift)
     x = weights(s, qs, shift)
     l = l * alpha + gl.sum(x, 1)
     acc = finished(acc, p)
     mbarrier.arrive(ve.index(pidx), count=1)
-    acc = scaled(acc, alpha)
-    nxt = idx + 1
-    wrap = nxt == NB
-    return top, l, acc, cast(x, k, acc), gl.where(wrap, 0, nxt), gl.where(wrap, ph ^ 1, ph)
+    acc = rescaled(acc, alpha) if LAZY > 0 else scaled(acc, alpha)
+    idx, ph = after(idx, ph, NB)
+    return top, l, acc, cast(x, k, acc), idx, ph
 
 
 @gluon.jit
@@ -228,19 +239,59 @@ def stage(out, desc_o, desc_o2, q, mine, b, h, start):
 
 
 @gluon.jit
-def next_scores(q, k, cid: gl.constexpr, qf, kf, idx, ph, zero, r, order, rounds, NQ: gl.constexpr):
-    """Whether there is an item after item r, and its first Q Kᵀ, issued."""
+def after(idx, ph, NB: gl.constexpr):
+    """The slot filled next, and its phase."""
+    wrap = idx == NB - 1
+    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
+def spared(at, cid: gl.constexpr, there):
+    """What the item that stands there, if there is one, spares this consumer's rows: (1 if they reach nothing of its first tile, 1 if
+    they need no mask in the last of the masked ones)."""
+    bits = gl.load(at + 7, mask=there, other=0) >> cid
+    return bits & 1, (bits >> 8) & 1
+
+
+@gluon.jit
+def first_scores(q, k, cid: gl.constexpr, qf, kf, ke, idx, ph, zero, r, order, rounds, more, NQ: gl.constexpr):
+    """(item r's first Q Kᵀ, issued, its slot and phase) if there are `more` items; K of a first tile that is not wanted is given back."""
     NC: gl.constexpr = q[0].shape[0] // NQ
-    more = r + 1 < gl.load(entry(r, order, rounds) + 6)
-    mbarrier.wait(qf.index((r + 1) % NQ), ((r + 1) // NQ) & 1, pred=more)
+    NB: gl.constexpr = k[0].shape[0]
+    skip = spared(entry(r, order, rounds), cid, more)[0] > 0
+    mbarrier.wait(kf.index(idx), ph, pred=skip)
+    mbarrier.arrive(ke.index(idx), count=1, pred=skip)
+    nxt, nph = after(idx, ph, NB)
+    idx = gl.where(skip, nxt, idx)
+    ph = gl.where(skip, nph, ph)
+    mbarrier.wait(qf.index(r % NQ), (r // NQ) & 1, pred=more)
     mbarrier.wait(kf.index(idx), ph, pred=more)
-    return more, scores(q, k, cid if NQ == 1 else cid + (r + 1) % NQ * NC, idx, zero)
+    return scores(q, k, cid if NQ == 1 else cid + r % NQ * NC, idx, zero), idx, ph
+
+
+@gluon.jit
+def next_scores(q, k, cid: gl.constexpr, qf, kf, ke, idx, ph, zero, r, order, rounds, NQ: gl.constexpr):
+    """Whether there is an item after item r, and `first_scores` of it."""
+    more = r + 1 < gl.load(entry(r, order, rounds) + 6)
+    s, idx, ph = first_scores(q, k, cid, qf, kf, ke, idx, ph, zero, r + 1, order, rounds, more, NQ)
+    return more, s, idx, ph
+
+
+@gluon.jit
+def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr):
+    """A tile that none of this consumer's rows wants: K of it is not read, nor V of the one before, whose weights are nobody's."""
+    mbarrier.wait(kf.index(idx), ph)
+    mbarrier.arrive(ke.index(idx), count=1)
+    pidx, pph = before(idx, ph, NB)
+    mbarrier.wait(vf.index(pidx), pph)
+    mbarrier.arrive(ve.index(pidx), count=1)
+    return after(idx, ph, NB)
 
 
 @gluon.jit
 def consumer(
     cid: gl.constexpr, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
-    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr
+    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, LAZY: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -251,32 +302,30 @@ def consumer(
     LN2: gl.constexpr = 0.6931471805599453
     LOG2E: gl.constexpr = 1.4426950408889634
     zero = gl.zeros([64, BN], gl.float32, layout=s_l)
-    idx = 0
-    ph = 0
     r = 0
     more = gl.load(entry(0, order, rounds) + 6) > 0
-    mbarrier.wait(qf.index(0), 0)
-    mbarrier.wait(kf.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[scores(q, k, cid, 0, zero)])
+    s, idx, ph = first_scores(q, k, cid, qf, kf, ke, 0, 0, zero, 0, order, rounds, more, NQ)
+    s = warpgroup_mma_wait(0, deps=[s])
     while more:
         # the first tile: its Q Kᵀ is done, no PV to go with it
         mbarrier.arrive(ke.index(idx), count=1)
         at = entry(r, order, rounds)
         start = gl.load(at + 2) + cid * 64
         n_seg = gl.load(at + 5)
+        skipped, plain = spared(at, cid, more)
+        pidx, pph = before(idx, ph, NB)
+        mbarrier.wait(vf.index(pidx), pph, pred=skipped > 0)
+        mbarrier.arrive(ve.index(pidx), count=1, pred=skipped > 0)
         first, low, high, left, inner, total = bounds(at + 8, start + lines(r_l))
-        if total > inner:
-            cols = first + tile_of(0, left, inner, total - inner) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
+        if total - inner - plain > skipped:
+            cols = first + tile_of(skipped, left, inner, total - inner) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
             s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
         m = gl.max(s, 1) * qs
         x = weights(s, qs, gl.where(m == float("-inf"), 0.0, m))
         l = gl.sum(x, 1)
         acc = (zeros(v[0]),) if len(v) == 1 else (zeros(v[0]), zeros(v[1]))
         x = cast(x, k, acc)
-        idx = idx + 1
-        wrap = idx == NB
-        idx = gl.where(wrap, 0, idx)
-        ph = gl.where(wrap, ph ^ 1, ph)
+        idx, ph = after(idx, ph, NB)
         if NQ == 1:
             mine = cid
         else:
@@ -287,22 +336,28 @@ def consumer(
 
         for n in range(n_seg):
             at = entry(again(r), order, rounds)
+            stop = gl.load(at + 3)
+            skipped, plain = spared(at, cid, more)
+            done = gl.where(n == 0, 1 + skipped, 0)  # not carried: a constant assigned in a loop is lost in Triton's inliner
             at = gl.where(n == 0, at + 8, segments + 8 * (gl.load(at + 4) + n))
             first, low, high, left, inner, total = bounds(at, start + lines(r_l))
-            masked = total - inner
-            done = gl.where(n == 0, 1, 0)  # not carried: a constant assigned in a loop is lost in Triton's inliner
+            masked = total - inner - gl.where(n == 0, plain, 0)
+            idle = gl.where(start < stop, 0, total - done)  # a block's last rows need not be as many as a consumer's
+            for _ in range(idle):
+                idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB)
+            done += idle
             for i in range(done, masked):
-                n0 = first + tile_of(i, left, inner, masked) * BN
-                m, l, acc, x, idx, ph = step(True, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
+                n0 = first + tile_of(i, left, inner, total - inner) * BN
+                m, l, acc, x, idx, ph = step(True, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
             for _ in range(gl.maximum(masked, done), total):
-                m, l, acc, x, idx, ph = step(False, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
+                m, l, acc, x, idx, ph = step(False, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
         if NQ == 1:
             mbarrier.arrive(qe.index(0), count=1)
         pidx, pph = before(idx, ph, NB)
         mbarrier.wait(vf.index(pidx), pph)
         acc = values(x, v, pidx, acc)
         if AHEAD and not HAS_ACC:  # registers: the earlier visits' rows come in too
-            more, ahead = next_scores(q, k, cid, qf, kf, idx, ph, zero, again(r), order, rounds, NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, qf, kf, ke, idx, ph, zero, again(r), order, rounds, NQ)
             acc = finished(acc, x, len(k))
         else:
             acc = finished(acc, x)
@@ -344,7 +399,7 @@ def consumer(
         if AHEAD and not HAS_ACC:
             s = warpgroup_mma_wait(0, deps=[ahead])
         else:
-            more, ahead = next_scores(q, k, cid, qf, kf, idx, ph, zero, again(r), order, rounds, NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, qf, kf, ke, idx, ph, zero, again(r), order, rounds, NQ)
             s = warpgroup_mma_wait(0, deps=[ahead])
         r = r + 1
     if desc_o is not None:
@@ -432,7 +487,7 @@ def buffers(n: gl.constexpr, desc, desc2):
 def forward_kernel(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, O, M, A, AM, segments, order, qs, rounds, heads, group, t_q,
     NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
-    REGS: gl.constexpr, REGS_P: gl.constexpr
+    LAZY: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
@@ -461,9 +516,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, segments, order,
                  rounds, heads, group, NQ)),
             ],
@@ -474,11 +529,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
                 (consumer, (2, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, segments, order,
                  rounds, heads, group, NQ)),
             ],

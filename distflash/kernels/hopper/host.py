@@ -82,7 +82,7 @@ class HopperKernel:
             *descriptors(v, work.reach, config.block_n, sides[1]), *(descriptors(out, Tq, 64, sides[1]) if staged else (None, None)),
             out, lse, lse if acc is None else acc.out.contiguous(), lse, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
-            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead,
+            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead, config.lazy,
             *config.regs, num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)

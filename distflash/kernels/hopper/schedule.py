@@ -4,7 +4,8 @@
     segments  [m, 8] int32: (first, limit, lo, hi, left, inner, total, start)    `total` tiles of `width` columns from column `first`;
               (i, j) is kept iff lo <= j - i <= hi and start <= j < limit; tiles left .. left + inner - 1 need no mask
     order     [programs, rounds, 16] int32: each program's items in turn, all that a kernel must know of one in one place: (block, head; its
-              block's start, stop, first segment, segments; items of the program, 0; its first segment), block -1 where it has none left
+              block's start, stop, first segment, segments; items of the program; bits: c, if the c-th 64 rows keep nothing of the tile
+              that is worked on first, 8 + c, if they keep all of the last masked one; its first segment), block -1 where it has none left
 
 Row blocks of queries against columns of keys, or transposed (blocks of keys against queries, bands on i - j, `first` a multiple of 4:
 TMA reads an innermost coordinate on 16 bytes only, and stops the kernel with an illegal instruction elsewhere). Own table beside
@@ -37,6 +38,7 @@ class Schedule:
     idle: bool
     reach: int
     work: np.ndarray  # [busy] tiles of each block
+    spared: Tensor  # [n, 1] bits as in `order`
     _orders: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def order(self, heads: int, at_once: int, programs: int) -> Tensor:
@@ -51,7 +53,8 @@ class Schedule:
             dealt = torch.from_numpy(_deal(self.work, *key)).to(self.blocks.device)  # [programs, rounds, 2]
             items = (dealt[..., :1] >= 0).sum(1, keepdim=True, dtype=torch.int32).expand(-1, dealt.shape[1], -1)
             block = self.blocks[dealt[..., 0].clamp(min=0).long()]
-            self._orders[key] = torch.cat([dealt, block, items, torch.zeros_like(items), self.segments[block[..., 2].long()]], 2)
+            spared = self.spared[dealt[..., 0].clamp(min=0).long()]
+            self._orders[key] = torch.cat([dealt, block, items, spared, self.segments[block[..., 2].long()]], 2)
         return self._orders[key]
 
 
@@ -114,7 +117,7 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
         n_blocks += len(r0)
     if not n_blocks:
         none = torch.zeros((1, 8), dtype=torch.int32, device=device)
-        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0))
+        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0), none[:, :1])
     start, stop, owner, table = np.concatenate(starts), np.concatenate(stops), np.concatenate(ids), np.concatenate(segments)
     by_owner = np.argsort(owner, kind="stable")
     owner, table = owner[by_owner], table[by_owner]
@@ -123,10 +126,21 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
     blocks = np.stack([start, stop, np.cumsum(count) - count, count], 1)
     order = np.lexsort((start, -work))[: int((count > 0).sum())]
     blocks, work = blocks[order], work[order]
+    spared = _spared(blocks, table[blocks[:, 2]], rows, width)
     covered = int((blocks[:, 1] - blocks[:, 0]).sum())
     on = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)  # noqa: E731
     reach = int(table[:, 1].max()) if len(table) else 0
-    return Schedule(on(blocks), on(table if len(table) else np.zeros((1, 8))), len(blocks), covered < length, reach, work)
+    return Schedule(on(blocks), on(table if len(table) else np.zeros((1, 8))), len(blocks), covered < length, reach, work, on(spared))
+
+
+def _spared(blocks: np.ndarray, segments: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """[n, 1] bits as in `order`; the tile that is worked on first is its segment's last, the last one with masks follows the inner ones."""
+    first, limit, hi, left, inner, total = (x[:, None] for x in segments[:, [0, 1, 3, 4, 5, 6]].T.astype(np.int64))
+    upper = blocks[:, :1] + np.arange(0, rows - 63, 64)  # the first row of each consumer
+    right = total - inner - left
+    late = (total > 1) & (right > 0) & (first + (total - 1) * width > upper + 63 + hi)
+    plain = (left == 0) & (right > 0) & (first + (inner + 1) * width <= np.minimum(limit, upper + hi + 1))
+    return (late + 256 * plain) @ (1 << np.arange(rows // 64))[:, None]
 
 
 def _segments(r0: np.ndarray, r1: np.ndarray, entry: tuple[int, int, int, int], width: int, align: int) -> np.ndarray:
