@@ -10,15 +10,15 @@ from torch import Tensor
 
 from distflash.cost.auto import NIC
 from distflash.cost.devices import find, network
-from distflash.cost.memory import peak
+from distflash.cost.memory import peak, staging, windows
 from distflash.cost.time import Cluster, Rank
 from distflash.cost.traffic import Scheme, Shape, Share
 from distflash.kernels.base import Problem
 from distflash.kernels.select import candidates, select
-from distflash.parallel.layout import gathered
+from distflash.parallel.layout import gathered, lengths
 from distflash.parallel.mask import packed
 from distflash.parallel.plan import alone
-from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.sequence import Plans, ShardedSequence
 from distflash.parallel.slices import Slices
 from distflash.validate import check_shards, check_tensors, check_variants, sees
 
@@ -43,6 +43,9 @@ class Explanation:
     forward_bytes: int  # sent by this rank
     backward_bytes: int
     peak_bytes: int  # of memory above q, k, v and dout, at the peak of forward and backward
+    window_bytes: int  # of memory that the others reach, where blocks are copied: beside that, and kept between calls
+    staging_bytes: int  # that K and V of others take at most while they are on their way, in the peak
+    staging_limit: int | None  # and how many they may, by `SequenceParallel(staging=...)`; None is any number
     forward_seconds: float | None  # None: nothing is known of this device
     backward_seconds: float | None
     exposed_seconds: float | None  # of both, those in which only communication goes on
@@ -57,7 +60,9 @@ class Explanation:
             f"mask      keeps {self.pairs_kept} of {self.pairs} pairs of a query and a key, {self.pairs_kept / max(self.pairs, 1):.2%}",
             f"work      {self.forward_flops:.3e} FLOPs forward, {self.backward_flops:.3e} backward",
             f"traffic   {self.forward_bytes / 2**20:.1f} MiB sent forward, {self.backward_bytes / 2**20:.1f} MiB backward",
-            f"memory    {self.peak_bytes / 2**20:.1f} MiB above the inputs at the peak",
+            f"memory    {self.peak_bytes / 2**20:.1f} MiB above the inputs at the peak, {self.window_bytes / 2**20:.1f} MiB of windows",
+            f"staging   {self.staging_bytes / 2**20:.1f} MiB of that for blocks of other ranks, limit "
+            + ("none" if self.staging_limit is None else f"{self.staging_limit / 2**20:.1f} MiB"),
         ]
         if self.forward_seconds is None or self.backward_seconds is None or self.exposed_seconds is None:
             rows.append(f"time      no prediction: {self.basis}")
@@ -105,20 +110,24 @@ def explain(
     if seq is None:
         cu = (0, q_len), (0, k_len)
         visits, scheme, spans = alone(packed(*cu, sees(mask, causal, window_size, *cu))), Scheme("contiguous", "ring", 1, 1, 1), ()
+        plans, wire = Plans(visits, visits, visits, None), "p2p"
         rank, all_keys, how, why = 0, k_len, "one device, nothing is sent", "no sequence was given"
     else:
         sp, rank, all_keys, why = seq.sp, seq.sp.rank, seq.length, seq.why
-        visits, spans = seq.visits(sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)), gathered(seq.layout, sp.ulysses)
+        visible, spans = sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens), gathered(seq.layout, sp.ulysses)
+        plans, wire = seq.plans(visible, shape, deterministic), sp.wire_name
         scheme = Scheme(sp.layout, sp.order, sp.ulysses, sp.size, sp.wire.per_node)
         how = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire_name}"
-    mine = Share(scheme, spans, shape, rank, visits)
+    mine, visits = Share(scheme, spans, shape, rank, plans.sent), plans.forward
+    kept_for_others = windows(mine.shape, max(lengths(spans)), scheme.ring) if plans.copies else 0
     sent = {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
     kept = sum(visit.tiles.area for visit in visits)
-    forward, backward, exposed, basis = _predicted(mine, device, "p2p" if seq is None else seq.sp.wire_name)
+    forward, backward, exposed, basis = _predicted(mine, device, wire)
     return Explanation(
         chosen, passed_over, how, why, len(visits), sum(bool(visit.tiles) for visit in visits), sum(len(visit.tiles) for visit in visits),
         kept, visits[0].tiles.q_len * all_keys, mine.shape.flops("forward") * kept, mine.shape.flops("backward") * kept,
-        sent["forward"], sent["backward"], max(peak(mine).values()), forward, backward, exposed, basis,
+        sent["forward"], sent["backward"], max(peak(mine, plans.copies).values()), kept_for_others, staging(mine, plans.copies),
+        plans.limit, forward, backward, exposed, basis,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distflash.cost.traffic import Shape
 from distflash.kernels.base import Kernel, Problem
 from distflash.kernels.select import select
 from distflash.parallel import handles
@@ -69,7 +70,9 @@ def _scheme(
         return _one_device(*cu, sees(mask, causal, window_size, *cu), chosen, scale, variants)
     check_shards(q, k, seq, cu_seqlens_q, cu_seqlens_k)
     visible = sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)
-    scheme = seq.scheme(visible, chosen, scale, q.shape[-2], k.shape[-2], variants)
+    batch = q.shape[0] if q.dim() == 4 else 1
+    shape = Shape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], batch, q.element_size())
+    scheme = seq.scheme(visible, chosen, scale, shape, variants, deterministic)
     seq.agree(  # all that must be alike on every rank
         "attention", batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]),
         dtype=q.dtype, causal=causal, window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale,
@@ -132,4 +135,5 @@ def _one_device(
     cu_q: tuple[int, ...], cu_k: tuple[int, ...], mask: AnyMask, kernel: Kernel, scale: float, variants: tuple[float, float] | None
 ) -> Scheme:
     asked = None if variants is None else Variants(*variants, aligned(cu_q, cu_k))
-    return Scheme(alone(packed(cu_q, cu_k, mask)), _ALONE, None, kernel, scale, asked)
+    visits = alone(packed(cu_q, cu_k, mask))
+    return Scheme(visits, visits, _ALONE, None, kernel, scale, asked)

@@ -55,6 +55,8 @@ CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
 DIRECT = "parallel/test_direct.py::test_every_scheme_gives_the_gradients_of_dense_attention"
+STAGING = "parallel/test_staging.py"
+AT_ONCE = f"{STAGING}::test_several_blocks_at_once_give_the_gradients_of_dense_attention"
 HALVES = "parallel/test_direct.py::test_halves_of_the_own_block_keep_what_the_block_keeps"
 MUTANTS = {
     # copies between memories
@@ -63,7 +65,7 @@ MUTANTS = {
     "of three parts of a gradient the middle one is forgotten": Mutant(
         "parallel/direct.py", "first.add_(part)", "pass", f"{DIRECT}[zigzag-ring-3]"),
     "the last half of the own block has no keys": Mutant(
-        "parallel/plan.py", "slice(last.start, last.stop))", "slice(0, 0))", HALVES),
+        "parallel/plan.py", "(Part(own.owner, last),), more", "(Part(own.owner, range(0)),), more", HALVES),
     "a reader is taken to have a gradient of every token": Mutant(
         "parallel/plan.py", "found[reader] = meet(cut(layout[reader], mask.pieces), layout[rank], lengths(layout)[reader]).keys",
         "found[reader] = range(lengths(layout)[rank])",
@@ -74,8 +76,26 @@ MUTANTS = {
     "Ulysses reads what is for another rank": Mutant(
         "parallel/ulysses.py", "window.of(source)[dest * place", "window.of(source)[source * place", f"{DIRECT}[zigzag-ring-2]"),
     "a visit's part of a block has the positions of the whole": Mutant(
-        "parallel/autograd.py", "positions.keys(visit.owner, device)[visit.keys]", "positions.keys(visit.owner, device)",
+        "parallel/positions.py", "self._keys[part.owner], device)[part.keys.start : part.keys.stop]", "self._keys[part.owner], device)",
         "parallel/test_direct.py::test_variants_know_the_positions_of_the_part_of_a_block_that_came"),
+    # staging
+    "a block of several is copied over the first": Mutant(
+        "parallel/plan.py", "slice(at, at := at + len(part.keys))", "slice(0, at := len(part.keys))", f"{AT_ONCE}[zigzag-3]"),
+    "the tiles of the second of two blocks are those of the first's keys": Mutant(
+        "parallel/plan.py", "kv=slice(t.kv.start + at, t.kv.stop + at)", "kv=t.kv", f"{AT_ONCE}[contiguous-3]"),
+    "the gradients of all blocks of a visit go to the first's owner": Mutant(
+        "parallel/direct.py", "self._of(part.owner, self.wire.rank), grads", "self._of(visit.owner, self.wire.rank), grads",
+        f"{AT_ONCE}[contiguous-3]"),
+    "blocks come as early as the order says, whatever the limit": Mutant(
+        "parallel/staging.py", "found = order.within(limit // block)", "found = order",
+        f"{STAGING}::test_messages_are_no_more_than_the_limit_allows[2-2]"),
+    "copies take one block more than the limit allows": Mutant(
+        "parallel/plan.py", "here + waiting[0].tiles.kv_len <= room", "here <= room",
+        f"{STAGING}::test_visits_of_several_blocks_keep_what_the_blocks_keep_and_fit_into_the_limit[zigzag]"),
+    "a deterministic call sums what memory lets it sum at once": Mutant(
+        "parallel/staging.py", "None if one_each else PACE", "PACE", f"{STAGING}::test_no_bit_depends_on_the_limit[4-symmetric]"),
+    "the formula of memory forgets the gradient on its way": Mutant(
+        "cost/memory.py", "moving = mine", "moving = 0", f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",
@@ -159,7 +179,7 @@ MUTANTS = {
     "dq is rounded at every hop": Mutant(
         "parallel/ring.py", "dq_dtype=q.dtype if visit.step == last else None", "dq_dtype=q.dtype", FP32),
     "gradients travel in 16 bits": Mutant(
-        "parallel/ring.py", "dkv_dtype=dkv_dtype if alone else None", "dkv_dtype=dkv_dtype", FP32),
+        "parallel/ring.py", "dkv_dtype=gradients.taken", "dkv_dtype=dkv_dtype", FP32),
     "messages of every hop are kept": Mutant(
         "parallel/messages.py", "coming.pop(step).receive()", "(held := [*(held if step > 1 else ()), coming.pop(step)])[-1].receive()",
         "parallel/test_ring.py::test_a_ring_holds_two_messages_at_a_time_whatever_the_number_of_ranks[5]"),
@@ -240,7 +260,7 @@ MUTANTS = {
         "kernels/test_eager.py::test_rows_with_gaps_between_their_elements_are_read_as_they_are[full-dtype0]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(
-        "parallel/autograd.py", "positions.keys(visit.owner, device)", "positions.keys(self.visits[0].owner, device)",
+        "parallel/autograd.py", "positions.keys(visit.parts, device)", "positions.keys(self.visits[0].parts, device)",
         f"{VARIANTS}[zigzag-ring-2]"),
     "positions count from the shard's start": Mutant(
         "parallel/sequence.py", "return Positions(outer[self.sp.ring_wire.rank], outer)",

@@ -116,6 +116,11 @@ RAISED = {  # what raises each text of the page's first tables
     "double_ring needs as many ranks on each host": lambda: spmd(
         3, lambda group: distflash.SequenceParallel(group, order="double_ring"), per_node=2
     ),
+    "staging=... is not a positive number of bytes": lambda: distflash.SequenceParallel(staging="2 gigs"),
+    "staging=... must be None, bytes as an integer, or text": lambda: distflash.SequenceParallel(staging=0.5),
+    "staging=... bytes hold less than this call needs, ...": lambda: on_two(
+        lambda group, _: attend(*[x[:, :4]] * 3, distflash.SequenceParallel(group, staging=8).sequence(length=8))
+    ),
     "group=... must be None, a ProcessGroup or a DeviceMesh that this rank belongs to": lambda: distflash.SequenceParallel("all"),
     # Slices and Ragged
     "slice ... must be (q, k), (q, k, kind) or (q, k, 'band', (left, right))": lambda: Slices([3]),

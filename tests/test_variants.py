@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import distflash
 from distflash.kernels import adapters
+from distflash.cost.traffic import Shape
 from distflash.kernels.base import Problem
 from distflash.kernels.scores import philox
 from distflash.kernels.select import candidates
@@ -176,7 +177,7 @@ def test_the_operator_passes_pytorchs_own_checks_with_slopes_and_a_seed():
     seq = distflash.SequenceParallel().sequence(7)
     mask = distflash.parallel.mask.Mask(None, 0, seq.cu_seqlens)
     kernel = distflash.kernels.select.select("eager", Problem(x.q.device, x.q.dtype, 4, 2, 8, 8, variants=("softcap",)))
-    scheme = seq.scheme(mask, kernel, 0.3, 4, 2, (1.0, 0.5))
+    scheme = seq.scheme(mask, kernel, 0.3, Shape(4, 2, 8, 8), (1.0, 0.5))
     leaves = [t.requires_grad_() for t in x[:3]]
     torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, scheme.ticket(), None, EACH, torch.tensor(5), None))
 

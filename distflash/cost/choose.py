@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distflash.cost.even import NoClosedForm, even
-from distflash.cost.memory import peak
+from distflash.cost.memory import peak, windows
 from distflash.cost.time import Cluster, Pass, Rank
 from distflash.cost.traffic import PASSES, Scheme, Shape, Share
-from distflash.parallel.layout import LAYOUTS
+from distflash.parallel.layout import LAYOUTS, lengths
 from distflash.parallel.mask import AnyMask
-from distflash.parallel.plan import ORDERS
+from distflash.parallel.plan import ORDERS, Visit
+from distflash.parallel.staging import copies, room
 
 WIRES = ("p2p", "symmetric")
 _LOOKED_AT = 4  # ranks of a ring whose plans are made, spread evenly: all of a small one
@@ -81,11 +82,20 @@ def judge(
         for ring_rank in ring:
             visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
             share = Share(scheme, spans, shape, ring_rank * scheme.ulysses, visits)
-            found.append((Rank(share, cluster).passes(), max(peak(share).values())))
+            found.append((Rank(share, cluster).passes(), _memory(share, lengths(spans), visits if wire == "symmetric" else None)))
     except NoClosedForm as error:
         return Candidate(scheme, wire, {}, 0, f"rings of more than {_PLANNED} ranks are ranked in closed form only: {error}")
     slowest = {name: max((passes[name] for passes, _ in found), key=lambda one: one.seconds) for name in PASSES}
     return Candidate(scheme, wire, slowest, max(memory for _, memory in found))
+
+
+def _memory(share: Share, tokens: Sequence[int], copied: tuple[Visit, ...] | None) -> int:
+    """Bytes above the inputs at the peak, and those of windows: where blocks are copied, as they are without a limit."""
+    if copied is None or len(tokens) == 1:
+        return max(peak(share).values())
+    shape, longest = share.shape, max(tokens)
+    plans = copies(copied, room(None, longest, shape.token, len(tokens)), shape.kv_heads, shape.heads, False)
+    return max(peak(share, plans).values()) + windows(shape, longest, len(tokens))
 
 
 def choose(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from distflash.cost.traffic import Scheme
 from distflash.parallel.layout import Layout
 from distflash.parallel.mask import AnyMask, tiles
-from distflash.parallel.plan import Home, Hop, Visit
+from distflash.parallel.plan import Home, Hop, Part, Visit
 
 
 class NoClosedForm(ValueError):
@@ -41,5 +41,5 @@ def even(scheme: Scheme, spans: Layout, mask: AnyMask, rank: int) -> tuple[Visit
         dest = owner(now) if last else holder(owner(now), now + 1)
         source, ours = (None, holder(rank, now)) if last else (holder(owner(now + 1), now), None)
         home = Home(dest, source, ours) if ring > 1 else Home(None, None, None)
-        visits.append(Visit(now, owner(now), found, tuple(hops[now]), home))
+        visits.append(Visit(now, (Part(owner(now), range(found.kv_len)),), found, tuple(hops[now]), home))
     return tuple(visits)

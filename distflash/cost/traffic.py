@@ -39,6 +39,11 @@ class Shape:
         """Bytes of an element of what is accumulated: out, lse, dq, dk, dv."""
         return max(4, self.itemsize)
 
+    @property
+    def token(self) -> int:
+        """Bytes of K and V of a token."""
+        return self.batch * self.kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+
     def message(self, tokens: int, itemsize: int) -> int:
         """Bytes of K and V, or of dK and dV, of so many tokens."""
         return sum(_room(self.batch * tokens * self.kv_heads * dim * itemsize) for dim in (self.head_dim, self.v_head_dim))

@@ -24,7 +24,7 @@ from distflash.launch.heartbeat import LIMIT, Heartbeat, lost_connection
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroupNCCL, Store
 
 GOODBYE = 5.0  # seconds the rank that serves the store waits for the others at exit
 
@@ -59,6 +59,7 @@ class _Session:
     inits: int = 0
     hooked: bool = False
     failed: bool = False
+    nccl_ctas: int | None = None
 
 
 _session = _Session()
@@ -74,19 +75,25 @@ def restarted() -> bool:
     return detect(os.environ).restarts > 0
 
 
-def init(*, backend: str | None = None, timeout: float = 600.0, interface: str | None = None, heartbeat: float | None = None) -> World:
+def init(
+    *, backend: str | None = None, timeout: float = 600.0, interface: str | None = None, heartbeat: float | None = None,
+    nccl_ctas: int | None = None,
+) -> World:  # fmt: skip
     """Find this process' place, claim its device and create the default process group; a second call returns the same World.
 
     backend: "nccl" (one GPU per local rank), "gloo" (on the CPU), or None: nccl where CUDA works. timeout: seconds until a
     collective that a peer never joins raises. interface: the network interface that ranks of several hosts talk over (else
     DISTFLASH_INTERFACE); one host uses loopback. heartbeat: seconds after which a rank that is silent counts as lost, is named
-    on every other rank and ends the job (else DISTFLASH_HEARTBEAT, else 10); 0 turns that off.
+    on every other rank and ends the job (else DISTFLASH_HEARTBEAT, else 10); 0 turns that off. nccl_ctas: how many thread blocks,
+    and so SMs, NCCL's kernels take at most (None: as NCCL chooses); they run on a stream of high priority.
 
     Plain python is size 1, without a process group. A group that already exists (DeepSpeed, Accelerate) is adopted, has no
-    heartbeat, and is left alone by shutdown().
+    heartbeat, keeps its options, and is left alone by shutdown(). Groups that are made later, by `new_group` or for a mesh, have
+    the NCCL options that their maker gives them.
 
     Raises ValueError for arguments or variables that contradict each other, RuntimeError where the job cannot be joined.
     """
+    import torch
     import torch.distributed as dist
 
     if backend not in (None, "nccl", "gloo"):
@@ -94,14 +101,25 @@ def init(*, backend: str | None = None, timeout: float = 600.0, interface: str |
     if not timeout > 0:
         raise ValueError(f"timeout must be positive seconds, got {timeout}: pass e.g. 600.0")
     limit = _limit(heartbeat)
+    _check_ctas(nccl_ctas)
     known = _known(backend)
     if known:
+        if nccl_ctas not in (None, _session.nccl_ctas):
+            raise ValueError(f"init() already joined with nccl_ctas={_session.nccl_ctas}, got {nccl_ctas}: call distflash.shutdown() first")
         return known
     if dist.is_available() and dist.is_initialized():
+        if nccl_ctas is not None:
+            raise ValueError(
+                f"nccl_ctas={nccl_ctas} comes too late, torch.distributed is already initialised: leave it out, and give "
+                "init_process_group ProcessGroupNCCL.Options with config.max_ctas"
+            )
         _session.world, _session.adopted = _adopt(backend), True
         return _session.world
 
     place = detect(os.environ)
+    if nccl_ctas is not None and (backend == "gloo" or (backend is None and not torch.cuda.is_available())):
+        raise ValueError(f"nccl_ctas={nccl_ctas} needs the backend nccl, and ranks of this job would talk over gloo: leave it out")
+    _session.nccl_ctas = nccl_ctas
     if place.launcher == "single":
         device = _claim_device(place, backend)
         _session.world = World(0, 0, 1, 1, device, None, "single")
@@ -146,8 +164,9 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     name = "nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore(str(_session.inits), store)  # keys of an earlier init() or attempt are never met again
     dist.init_process_group(
-        name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None
-    )  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
+        name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None,
+        pg_options=_nccl_options(timeout) if name == "nccl" else None,
+    )  # fmt: skip  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
     _session.store, _session.serves, _session.adopted = store, serves, False
     if limit and place.size > 1:
         own = rendezvous.connect_again(store, timedelta(seconds=limit))
@@ -157,6 +176,22 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     _session.inits += 1
     assert place.local_rank is not None and place.local_size is not None
     return World(place.rank, place.local_rank, place.size, place.local_size, device, name, place.launcher)
+
+
+def _nccl_options(timeout: timedelta) -> ProcessGroupNCCL.Options:
+    """What NCCL's kernels may take of a GPU beside ours: they start before ours that wait, and have no more blocks than asked for."""
+    import torch.distributed as dist
+
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # the group's own; torch warns where they differ
+    if _session.nccl_ctas is not None:
+        options.config.min_ctas, options.config.max_ctas = 1, _session.nccl_ctas
+    return options
+
+
+def _check_ctas(ctas: object) -> None:
+    if ctas is not None and (isinstance(ctas, bool) or not isinstance(ctas, int) or ctas < 1):
+        raise ValueError(f"nccl_ctas must be a positive integer or None (NCCL chooses), got {ctas!r}: pass e.g. 8")
 
 
 def _limit(heartbeat: float | None) -> float:

@@ -47,6 +47,7 @@ class Scheme:
     """How one attention call is carried out: the plan, who talks to whom, what computes a visit."""
 
     visits: tuple[Visit, ...]
+    back: tuple[Visit, ...]  # those of a backward
     carrier: ring.Carrier
     ulysses: Ulysses | None
     kernel: Kernel
@@ -78,9 +79,7 @@ class Scheme:
             slopes = slopes.contiguous() if mine is None else slopes[:, mine.start : mine.stop].contiguous()
         dropout = None if seed is None else Dropout(variants.dropout_p, int(seed), 0 if mine is None else mine.start)
         positions = variants.positions
-        return lambda visit: Scores(
-            positions.queries(device), positions.keys(visit.owner, device)[visit.keys], variants.softcap, slopes, dropout
-        )
+        return lambda visit: Scores(positions.queries(device), positions.keys(visit.parts, device), variants.softcap, slopes, dropout)
 
 
 class _Ticket(ctypes.c_int64):
@@ -154,13 +153,11 @@ def _backward(
         delta = delta - dlse
     asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
-        grads = ring.backward(
-            scheme.visits, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype
-        )
+        grads = ring.backward(scheme.back, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype)
         return *grads, _nothing()
     dout, delta = ulysses.to_heads((dout, delta.transpose(1, 2)), (ulysses.heads, ulysses.heads))
     grads = ring.backward(
-        scheme.visits, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
+        scheme.back, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
         dkv_dtype=accumulator(k.dtype) if ulysses.shared else k.dtype,
     )  # fmt: skip
     dq, dk, dv = ulysses.to_tokens(grads, (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))

@@ -46,10 +46,6 @@ class Messages:
         for exchange in coming.values():
             exchange.receive()
 
-    def back(self, visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
-        """The same ones."""
-        return visits
-
     def gradients(self, visits: Sequence[Visit], k: Tensor, v: Tensor, dtype: torch.dtype) -> Gradients:
         """dk and dv ride home with their block, each rank adding its part."""
         return Gradients(visits, self.wire, k, v, dtype)
@@ -77,6 +73,7 @@ class Gradients:
         self.coming: tuple[Home, _Exchange] | None = None
         self.ours: list[Tensor] = []
         self.shared = any(visit.home.busy for visit in visits)
+        self.taken = None if self.shared else dtype  # what step 0 computes is all of our block's gradient
 
     def move(self, visit: Visit, grads: list[Tensor]) -> None:
         """Join our part with what has arrived, pass it on, expect what comes before the next visit."""

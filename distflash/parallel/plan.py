@@ -3,12 +3,15 @@
 Order    whose block each rank works on at each step, and the step at which that block sets out
 Visit    one block at one step: its tiles, the messages to start before computing, how gradients move afterwards
 plan     layout x mask x order -> the visits of one rank; `ring` executes them
+staged   when others' blocks are copied into limited memory, and which of them are one visit
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from distflash.parallel.layout import Layout, lengths
 from distflash.parallel.mask import AnyMask, cut, meet, needs
@@ -21,6 +24,23 @@ class Order:
 
     owner: tuple[tuple[int, ...], ...]
     sent: tuple[int, ...]  # sent[0] is unused: the own block is there
+
+    @property
+    def held(self) -> int:
+        """The most blocks of others that a rank holds at a time: the one worked on, those that arrive, those still being passed on."""
+        steps = range(len(self.sent))
+        under_way = ({block for then in steps[now + 1 :] if self.sent[then] <= now for block in (then, self.sent[then])} for now in steps)
+        return max(len(({now} | blocks) - {0}) for now, blocks in enumerate(under_way))
+
+    def ahead(self, most: int) -> Order:
+        """The same, but no block sets out more than so many steps before it is needed."""
+        return replace(self, sent=tuple(max(sent, then - most) for then, sent in enumerate(self.sent)))
+
+    def within(self, blocks: int) -> Order:
+        """The same, each block setting out as early as it may where no rank holds more than so many; one step early at least."""
+        return self if self.held <= blocks else self.ahead(
+            max(1, bisect_right(range(1, len(self.sent)), blocks, key=lambda most: self.ahead(most).held))
+        )  # fmt: skip
 
 
 def ring(ranks: int, per_node: int) -> Order:
@@ -74,16 +94,34 @@ class Home:
         return any(peer is not None for peer in (self.dest, self.source, self.ours))
 
 
+class Part(NamedTuple):
+    """Keys of a rank's block."""
+
+    owner: int
+    keys: range  # which tokens of the block
+
+
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """One block at one step. `hops` start before computing; `home` is how gradients move afterwards."""
+    """One block at one step, or several side by side. `hops` start before computing; `home` is how gradients move afterwards."""
 
     step: int
-    owner: int  # the rank whose block this is
+    parts: tuple[Part, ...]  # what is worked on; the tiles are of these keys, one part after the other
     tiles: Tiles  # empty where nothing is kept of the block: then it does not come
     hops: tuple[Hop, ...]
     home: Home
-    keys: slice = field(default_factory=lambda: slice(None))  # which tokens of the block: the tiles are of these
+
+    @property
+    def owner(self) -> int:
+        """The rank whose block this is; of several, the first."""
+        return self.parts[0].owner
+
+    @property
+    def placed(self) -> Iterator[tuple[Part, slice]]:
+        """Each part, and where its keys lie among those of the visit."""
+        at = 0
+        for part in self.parts:
+            yield part, slice(at, at := at + len(part.keys))
 
 
 class _Ways:
@@ -152,7 +190,7 @@ def plan(layout: Layout, mask: AnyMask, order: Order, rank: int) -> tuple[Visit,
         owner = row[rank]
         found = meet(rows, layout[owner], tokens[rank]) if ways.needed(rank, owner) else Tiles((), tokens[rank], tokens[owner])
         hops = (ways.hop(now, then) for then in range(1, len(ways.at)) if order.sent[then] == now)
-        visit = Visit(now, owner, found, tuple(hop for hop in hops if hop.busy), ways.home(now))
+        visit = Visit(now, (Part(owner, range(tokens[owner])),), found, tuple(hop for hop in hops if hop.busy), ways.home(now))
         if now == 0 or visit.tiles or visit.hops or visit.home.busy:
             visits.append(visit)
     return tuple(visits)
@@ -162,7 +200,7 @@ def narrowed(visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
     """Of others' blocks only the keys from the first to the last that is seen here."""
 
     def cut_to(keys: range, visit: Visit) -> Visit:
-        return replace(visit, tiles=visit.tiles.within(keys), keys=slice(keys.start, keys.stop))
+        return replace(visit, tiles=visit.tiles.within(keys), parts=(Part(visit.owner, keys),))
 
     return (visits[0], *(cut_to(visit.tiles.keys, visit) if visit.tiles else visit for visit in visits[1:]))
 
@@ -178,8 +216,57 @@ def halved(visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
     middle = own.tiles.kv_len // 2
     halves = [(keys, own.tiles.within(keys)) for keys in (range(middle), range(middle, own.tiles.kv_len))]
     (first, less), (last, more) = sorted(halves, key=lambda half: half[1].area)
-    after = Visit(visits[-1].step + 1, own.owner, more, (), Home(None, None, None), slice(last.start, last.stop))
-    return (replace(own, tiles=less, keys=slice(first.start, first.stop)), *visits[1:], after)
+    after = Visit(visits[-1].step + 1, (Part(own.owner, last),), more, (), Home(None, None, None))
+    return (replace(own, tiles=less, parts=(Part(own.owner, first),)), *visits[1:], after)
+
+
+def staged(visits: tuple[Visit, ...], room: int, pace: float | None) -> tuple[Visit, ...]:
+    """The visits of a rank that copies others' blocks from their owners, into memory for `room` tokens; several at once if that is no wait.
+
+    Blocks are one visit, in one launch, if all of them should have come when the visit before them ends, by a `pace` of pairs that are
+    worked through while a key is copied. They take half of the room at most, unless all blocks fit: the other half fills meanwhile. None:
+    each is a visit of its own, so that sums are rounded alike whatever the room. Visits are `narrowed`, and may be `halved`; half of
+    `room` holds any of them, or all of it all. A hop here says only when the copies for a step set out: as early as there is room.
+    """
+    own, others = visits[0], [visit for visit in visits[1:] if visit.tiles and visit.owner != visits[0].owner]
+    size = [visit.tiles.kv_len for visit in others]
+    most = room if sum(size) <= room else room // 2
+    found, start, copied, done = [], 0, 0, own.tiles.area
+    while start < len(others):
+        stop = start + 1
+        while pace is not None and stop < len(others):
+            held = sum(size[start : stop + 1])
+            if held > most or pace * (copied + held) > done:
+                break
+            stop += 1
+        found.append(_joined(others[start:stop]))
+        start, copied, done = stop, copied + found[-1].tiles.kv_len, done + found[-1].tiles.area
+    return *_posted(own, found, room), *(visit for visit in visits[1:] if visit.owner == own.owner)
+
+
+def _joined(visits: Sequence[Visit]) -> Visit:
+    """Several visits as one, at the step of the first."""
+    tiles, at = [], 0
+    for visit in visits:
+        tiles += [replace(t, kv=slice(t.kv.start + at, t.kv.stop + at)) for t in visit.tiles]
+        at += visit.tiles.kv_len
+    parts = tuple(part for visit in visits for part in visit.parts)
+    return replace(visits[0], parts=parts, tiles=visits[0].tiles if len(visits) == 1 else Tiles(tuple(tiles), visits[0].tiles.q_len, at))
+
+
+def _posted(own: Visit, others: Sequence[Visit], room: int) -> tuple[Visit, ...]:
+    """With the hops of copies: each sets out at the first visit during which it fits beside what is there, in order."""
+    found, waiting, here = [], list(others), 0
+    for n, visit in enumerate((own, *others)):
+        here -= others[n - 2].tiles.kv_len if n > 1 else 0  # what was worked on before this visit
+        hops = []
+        while waiting and here + waiting[0].tiles.kv_len <= room:
+            coming = waiting.pop(0)
+            here += coming.tiles.kv_len
+            hops.append(Hop(coming.step, None, None, coming.owner))
+        found.append(replace(visit, hops=tuple(hops)))
+    assert not waiting, f"{room} tokens are too few"
+    return tuple(found)
 
 
 def readers(layout: Layout, mask: AnyMask, rank: int) -> dict[int, range]:
@@ -193,4 +280,4 @@ def readers(layout: Layout, mask: AnyMask, rank: int) -> dict[int, range]:
 
 def alone(tiles: Tiles) -> tuple[Visit, ...]:
     """The plan of one device: one visit, nobody to talk to."""
-    return (Visit(0, 0, tiles, (), Home(None, None, None)),)
+    return (Visit(0, (Part(0, range(tiles.kv_len)),), tiles, (), Home(None, None, None)),)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distflash.parallel.layout import Layout, Span
+from distflash.parallel.plan import Part
 
 
 class Positions:
@@ -26,9 +27,10 @@ class Positions:
         """[Tq]"""
         return self._tensor(None, self._queries, device)
 
-    def keys(self, owner: int, device: torch.device) -> Tensor:
-        """[Tk] of the block of rank `owner`."""
-        return self._tensor(owner, self._keys[owner], device)
+    def keys(self, parts: Sequence[Part], device: torch.device) -> Tensor:
+        """[Tk] of the keys of a visit, one part after the other."""
+        found = [self._tensor(part.owner, self._keys[part.owner], device)[part.keys.start : part.keys.stop] for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _tensor(self, key: int | None, spans: Sequence[Span], device: torch.device) -> Tensor:
         if (key, device) not in self._made:

@@ -24,7 +24,9 @@ Asked = Callable[[Visit], Scores]  # what is asked of the scores of a visit
 
 
 class Gradients(Protocol):
-    """dk and dv of the blocks of one backward, in the accumulator's dtype, on their way to their owners."""
+    """dk and dv of the blocks of one backward, on their way to their owners."""
+
+    taken: torch.dtype | None  # in which dtype kernels are to store them; None is the accumulator's
 
     def move(self, visit: Visit, grads: list[Tensor]) -> None:
         """Take our part of the gradient of the keys of a visit; nothing where the visit computed nothing."""
@@ -46,10 +48,6 @@ class Carrier(Protocol):
         The visit's tiles are of the k and v that come with it. Those of a visit without tiles do not come, but for our own at step 0:
         they are not to be read.
         """
-        ...
-
-    def back(self, visits: tuple[Visit, ...]) -> tuple[Visit, ...]:
-        """The visits of a backward, for a forward's."""
         ...
 
     def gradients(self, visits: Sequence[Visit], k: Tensor, v: Tensor, dtype: torch.dtype) -> Gradients:
@@ -76,7 +74,7 @@ def forward(
 
 @noted("backward")
 def backward(
-    visits: tuple[Visit, ...],
+    visits: Sequence[Visit],
     carrier: Carrier,
     kernel: Kernel,
     dout: Tensor,
@@ -95,10 +93,8 @@ def backward(
     With the *global* lse and delta each block's gradient is independent (Ring Attention with FlashAttention-2, arXiv:2307.08691,
     Algorithm 2): dq adds up here, dk and dv ride home with their block, each rank adding its part.
     """
-    visits = carrier.back(visits)
     last = _last(visits)
     gradients = carrier.gradients(visits, k, v, dkv_dtype)
-    alone = not any(visit.home.busy for visit in visits)  # what step 0 computes is all of our block's gradient
     dq: Tensor | None = None
     for visit, k_t, v_t in carrier.travel(visits, k, v):
         grads: list[Tensor] = []  # dk, dv of a visit; none where nothing is kept of its block
@@ -107,7 +103,7 @@ def backward(
             with _range("backward", visit):
                 dq, *grads = kernel.backward(
                     dout, q, k_t, v_t, lse, delta, visit.tiles, scale,
-                    dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=dkv_dtype if alone else None, **scores,
+                    dq=dq, dq_dtype=q.dtype if visit.step == last else None, dkv_dtype=gradients.taken, **scores,
                 )  # fmt: skip
         gradients.move(visit, grads)
         del k_t, v_t, grads  # the next buffers are allocated before these names are bound again
@@ -120,7 +116,9 @@ def _range(name: str, visit: Visit) -> AbstractContextManager:
     """A range in a trace, if one is made."""
     if not autograd_profiler._is_profiler_enabled:
         return nullcontext()
-    return autograd_profiler.record_function(f"{name}, step {visit.step}: block of rank {visit.owner}, {len(visit.tiles)} tiles")
+    return autograd_profiler.record_function(
+        f"{name}, step {visit.step}: block of rank {', '.join(str(part.owner) for part in visit.parts)}, {len(visit.tiles)} tiles"
+    )
 
 
 def _last(visits: Sequence[Visit]) -> int:

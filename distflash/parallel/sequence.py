@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from operator import index
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,11 @@ from distflash.parallel.direct import Direct
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, gathered, lengths, split
 from distflash.parallel.mask import AnyMask
 from distflash.parallel.messages import Messages
-from distflash.parallel.plan import ORDERS, Visit, narrowed, plan, readers
+from distflash.parallel.plan import ORDERS, Order, Visit, plan, readers
 from distflash.parallel.positions import Positions
-from distflash.parallel.ring import Carrier
 from distflash.parallel.seeds import Seeds
 from distflash.parallel.slices import Slices
+from distflash.parallel.staging import copies, parsed, room, within
 from distflash.parallel.ulysses import Ulysses, head_shards
 from distflash.parallel.wire.base import Wire
 from distflash.parallel.wire.local import LocalGroup, LocalWire
@@ -58,6 +59,10 @@ class SequenceParallel:
             that reach each other's). "auto" is "symmetric" where it can be, as `wire_reason` says.
         check: when ranks compare what they are about to do, before anything of it is sent: at the "first" call of each kind,
             "always", or "never". What differs raises `Disagreement` on every rank, with the ranks and their values.
+        staging: how much memory other ranks' K and V may take while they are on their way: bytes, or text like "512MiB" or "2GB". From two
+            blocks (the one worked on and the one that arrives) up to all of them, blocks come as early as it allows; over messages no
+            earlier than `order` says. None: what `order` says; copies take all blocks at once, up to 2 GiB. Results of
+            `deterministic=True` are the same bits whatever the limit. A call that needs more raises ValueError on every rank.
 
     Creating one is a collective: every rank of the group does it, in the same order. Raises ValueError or TypeError on
     arguments that cannot be served, on every rank, before any attention runs.
@@ -72,11 +77,13 @@ class SequenceParallel:
         ulysses: int | Literal["auto"] = "auto",
         wire: Literal["auto", "p2p", "symmetric"] = "auto",
         check: Check = "first",
+        staging: int | str | None = None,
     ):
         _one_of("layout", layout, ("auto", *LAYOUTS))
         _one_of("order", order, ("auto", *ORDERS))
         _one_of("wire", wire, ("auto", "p2p", "symmetric"))
         _one_of("check", check, CHECKS)
+        self.staging = parsed(staging)
         mesh_says = isinstance(group, DeviceMesh) and group.ndim == 2
         asked = {"layout": layout, "order": order, "ulysses": "mesh" if mesh_says else ulysses}
         self._free = tuple(name for name, value in asked.items() if value == "auto")
@@ -176,6 +183,20 @@ class SequenceParallel:
         return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire_name})"
 
 
+class Plans(NamedTuple):
+    """What one rank's ring does."""
+
+    sent: tuple[Visit, ...]  # as blocks go from rank to rank
+    forward: tuple[Visit, ...]  # what is carried out: the same, or `copies` of blocks
+    backward: tuple[Visit, ...]
+    limit: int | None  # bytes that others' K and V may take meanwhile; None is any number
+
+    @property
+    def copies(self) -> tuple[tuple[Visit, ...], tuple[Visit, ...]] | None:
+        """(forward, backward) if blocks are copied."""
+        return None if self.forward is self.sent else (self.forward, self.backward)
+
+
 class ShardedSequence:
     """One sequence, or packed documents, shared by the ranks of a SequenceParallel. Same on every rank but for `rank`'s view.
 
@@ -195,7 +216,9 @@ class ShardedSequence:
         self.lengths = lengths(self.layout)  # tokens of each rank
         self.local_length = self.lengths[sp.rank]
         self.ticket = torch.tensor([handles.new(self)], device="cpu")  # for operators; a compiled graph takes that of any sequence
-        self._plans: dict[AnyMask, tuple[Visit, ...]] = {}
+        self._plans: dict[tuple[AnyMask, Order], tuple[Visit, ...]] = {}
+        self._copies: dict[tuple, tuple[tuple[Visit, ...], tuple[Visit, ...]]] = {}
+        self._carriers: dict[AnyMask, Direct] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._schemes: OrderedDict[tuple, Scheme] = OrderedDict()
 
@@ -263,21 +286,23 @@ class ShardedSequence:
     def _shared(self) -> dict[str, object]:
         """What ranks have to agree on whatever they call."""
         sp, layout = self.sp, self.sp.layout if self._given is None else words(self._given)
-        scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire_name}
+        scheme = {"layout": layout, "order": sp.order, "ulysses": sp.ulysses, "wire": sp.wire_name, "staging": sp.staging}
         return scheme | {"length": self.length, "documents": words(self.cu_seqlens), "balanced": mask_words(self.balanced_for)}
 
     def scheme(
-        self, mask: AnyMask, kernel: Kernel, scale: float, heads: int, kv_heads: int, variants: tuple[float, float] | None = None
-    ) -> Scheme:
+        self, mask: AnyMask, kernel: Kernel, scale: float, shape: traffic.Shape, variants: tuple[float, float] | None = None,
+        deterministic: bool = False,
+    ) -> Scheme:  # fmt: skip
         """How attention over this sequence is carried out; made once and shared by all layers. `variants`: (softcap, dropout_p).
 
-        Raises ValueError if the heads cannot be dealt out to the ranks of a Ulysses group.
+        Raises ValueError if the heads cannot be dealt out to the ranks of a Ulysses group, or `staging` is too little.
         """
-        key = (mask, kernel, scale, heads, kv_heads, variants)
+        key = (mask, kernel, scale, shape, variants, deterministic)
         if key not in self._schemes:
-            ulysses = self.head_exchange(heads, kv_heads)
+            ulysses = self.head_exchange(shape.heads, shape.kv_heads)
             asked = None if variants is None else Variants(*variants, self._positions)
-            self._schemes[key] = Scheme(*self._ring(mask), ulysses, kernel, scale, asked)
+            plans = self.plans(mask, shape, deterministic)
+            self._schemes[key] = Scheme(plans.forward, plans.backward, self._carrier(mask), ulysses, kernel, scale, asked)
             if len(self._schemes) > _SCHEMES:  # a scale that is learned makes one a step
                 self._schemes.popitem(last=False)
         return self._schemes[key]
@@ -288,19 +313,43 @@ class ShardedSequence:
         outer = gathered(self.layout, self.sp.ulysses)
         return Positions(outer[self.sp.ring_wire.rank], outer)
 
-    def visits(self, mask: AnyMask) -> tuple[Visit, ...]:
-        """The plan of this rank's ring for a mask."""
-        if mask not in self._plans:
+    def visits(self, mask: AnyMask, order: Order | None = None) -> tuple[Visit, ...]:
+        """The plan of this rank's ring for a mask, as blocks would go from rank to rank."""
+        key = mask, order or self.sp._order
+        if key not in self._plans:
             outer = gathered(self.layout, self.sp.ulysses)
-            self._plans[mask] = plan(outer, mask, self.sp._order, self.sp.ring_wire.rank)
-        return self._plans[mask]
+            self._plans[key] = plan(outer, *key, self.sp.ring_wire.rank)
+        return self._plans[key]
 
-    def _ring(self, mask: AnyMask) -> tuple[tuple[Visit, ...], Carrier]:
-        """The plan of this rank's ring for a mask, and what moves blocks and gradients."""
+    def plans(self, mask: AnyMask, shape: traffic.Shape, deterministic: bool = False) -> Plans:
+        """What is carried out for a call with tensors of this shape: within the memory that `SequenceParallel(staging=...)` allows.
+
+        Raises ValueError if that is too little, on every rank.
+        """
+        sp, ranks = self.sp, self.sp.ring_wire.size
+        if ranks == 1:
+            visits = self.visits(mask)
+            return Plans(visits, visits, visits, None)
+        tokens = max(lengths(gathered(self.layout, sp.ulysses)))
+        shards = head_shards(shape.heads, shape.kv_heads, sp.ulysses)[1]
+        most = replace(shape, kv_heads=max(map(len, shards)))  # of any rank, so that all ranks raise or none does
+        if not sp.direct:
+            visits = self.visits(mask, within(sp._order, sp.staging, most.message(tokens, shape.itemsize)))
+            return Plans(visits, visits, visits, sp.staging)
+        space = room(sp.staging, tokens, most.token, ranks)
+        key = space, shape.kv_heads, shape.heads, deterministic
+        if (mask, *key) not in self._copies:
+            self._copies[mask, *key] = copies(self.visits(mask), *key)
+        return Plans(self.visits(mask), *self._copies[mask, *key], space * most.token)
+
+    def _carrier(self, mask: AnyMask) -> Messages | Direct:
+        """What moves blocks and gradients in this rank's ring."""
         wire, outer = self.sp.ring_wire, gathered(self.layout, self.sp.ulysses)
         if not self.sp.direct or wire.size == 1:
-            return self.visits(mask), Messages(wire)
-        return narrowed(self.visits(mask)), Direct(cast(Windows, wire), lengths(outer), readers(outer, mask, wire.rank))
+            return Messages(wire)
+        if mask not in self._carriers:
+            self._carriers[mask] = Direct(cast(Windows, wire), lengths(outer), readers(outer, mask, wire.rank))
+        return self._carriers[mask]
 
     def head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
         """The all-to-all of this rank's Ulysses group, None without one. Raises ValueError if heads cannot be dealt out."""

@@ -1,6 +1,8 @@
 """launch/world.py: devices, one process, adoption, and the second call."""
 
 import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,11 +80,58 @@ def test_one_rank_of_a_launcher_has_a_group_and_can_begin_again(monkeypatch):
         ({"backend": "mpi"}, "backend must be"),
         ({"timeout": 0}, "timeout must be positive seconds, got 0"),
         ({"backend": "nccl"}, "needs a GPU that torch can use, got none"),
+        ({"nccl_ctas": 0}, "nccl_ctas must be a positive integer or None"),
+        ({"nccl_ctas": True}, "nccl_ctas must be a positive integer or None"),
+        ({"nccl_ctas": 8}, "nccl_ctas=8 needs the backend nccl, and ranks of this job would talk over gloo"),
+        ({"nccl_ctas": 8, "backend": "gloo"}, "nccl_ctas=8 needs the backend nccl"),
     ],
 )
 def test_arguments_that_cannot_be_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         init(**arguments)
+
+
+class FakeOptions:
+    """NCCL's options, which a torch without CUDA does not have."""
+
+    def __init__(self, is_high_priority_stream):
+        self.is_high_priority_stream, self._timeout = is_high_priority_stream, None
+        self.config = SimpleNamespace(min_ctas=None, max_ctas=None)
+
+
+@pytest.mark.parametrize("ctas", [None, 6])
+def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked_for(ctas, monkeypatch):
+    from tests.launch.test_rendezvous import free_port
+
+    made, real = {}, dist.init_process_group
+
+    def without_nccl(name, *, pg_options, device_id, **options):
+        made.update(name=name, pg_options=pg_options)
+        real("gloo", **options)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=FakeOptions), raising=False)
+    monkeypatch.setattr(dist, "init_process_group", without_nccl)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(world, "_claim_device", lambda place, backend: torch.device("cuda", 0))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    init(timeout=77.0, nccl_ctas=ctas)
+    options = made["pg_options"]
+    assert made["name"] == "nccl" and options.is_high_priority_stream and options._timeout == timedelta(seconds=77)
+    assert options.config.max_ctas == ctas and (options.config.min_ctas or 1) <= (ctas or 1)
+    assert init(nccl_ctas=ctas).backend == "nccl"
+    with pytest.raises(ValueError, match=f"already joined with nccl_ctas={ctas}, got 7: call distflash.shutdown"):
+        init(nccl_ctas=7)
+    shutdown()
+
+
+def test_the_options_of_somebody_elses_group_are_theirs():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"nccl_ctas=8 comes too late, torch.distributed is already initialised: leave it out"):
+        init(nccl_ctas=8)
 
 
 def test_each_local_rank_has_a_gpu_of_its_own():

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distflash
+from distflash.cost.traffic import Shape
 from distflash.parallel.mask import Mask
 from distflash.parallel.wire.local import LocalWire
 from distflash.testing import spmd
@@ -71,7 +72,7 @@ def test_the_operator_passes_pytorchs_own_checks(dtype):
     x = inputs(S, dtype=dtype)
     seq = distflash.SequenceParallel().sequence(S)
     kernel = distflash.kernels.select.select("eager", distflash.kernels.base.Problem(x.q.device, dtype, 4, 2, 8, 8))
-    scheme = seq.scheme(Mask(None, 0, seq.cu_seqlens), kernel, 0.3, 4, 2)
+    scheme = seq.scheme(Mask(None, 0, seq.cu_seqlens), kernel, 0.3, Shape(4, 2, 8, 8))
     leaves = [t.requires_grad_() for t in x[:3]]
     call = (scheme.ticket(), scheme.gathered, None, None, None)
     torch.library.opcheck(torch.ops.distflash.attention.default, (*leaves, *call))
@@ -93,7 +94,7 @@ def test_shapes_without_data_are_those_of_the_real_thing_on_every_rank(ulysses):
         seq = distflash.SequenceParallel(group, ulysses=ulysses).sequence(S)
         leaves = [seq.shard(t) for t in x[:3]]
         kernel = distflash.kernels.select.select("eager", distflash.kernels.base.Problem(x.q.device, x.q.dtype, 6, 3, 8, 5))
-        scheme = seq.scheme(Mask(), kernel, 1.0, 6, 3)
+        scheme = seq.scheme(Mask(), kernel, 1.0, Shape(6, 3, 8, 5))
         call = (scheme.ticket(), scheme.gathered, None, None, None)
         out, lse, extra = torch.ops.distflash.attention(*leaves, *call)
         saved = extra or [*leaves, lse]

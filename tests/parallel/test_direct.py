@@ -85,7 +85,7 @@ def test_readers_and_visits_say_the_same_of_every_pair_of_ranks():
             read = [readers(shared, mask, rank) for rank in range(4)]
             for rank in range(4):
                 visits = narrowed(plan(shared, mask, ORDERS["ring"](4, 4), rank))
-                wanted = {v.owner: range(v.keys.start, v.keys.stop) for v in visits[1:] if v.tiles}
+                wanted = {part.owner: part.keys for v in visits[1:] if v.tiles for part in v.parts}
                 assert wanted == {owner: read[owner][rank] for owner in range(4) if rank in read[owner]}, (layout, window, rank)
 
 
@@ -98,7 +98,7 @@ def test_halves_of_the_own_block_keep_what_the_block_keeps():
             cut = halved(visits)
             assert [v.owner for v in cut] == [*(v.owner for v in visits), rank]
             assert cut[0].tiles.area <= cut[-1].tiles.area and cut[0].tiles.area + cut[-1].tiles.area == visits[0].tiles.area
-            held = sorted((v.keys.start, v.keys.stop) for v in (cut[0], cut[-1]))
+            held = sorted((v.parts[0].keys.start, v.parts[0].keys.stop) for v in (cut[0], cut[-1]))
             assert held[0][0] == 0 and held[0][1] == held[1][0] and held[1][1] == lengths(shared)[rank]
 
 

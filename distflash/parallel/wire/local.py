@@ -81,8 +81,9 @@ class LocalWire:
         """A window of some ranks of the group."""
         members = tuple(members)
         with self.group.changed:
-            memory = self.group.windows.setdefault((members, name, nbytes), LocalMemory(len(members), nbytes, self.device))
-        return LocalWindow(self.group, memory, members.index(self.rank))
+            if (members, name, nbytes) not in self.group.windows:
+                self.group.windows[members, name, nbytes] = LocalMemory(len(members), nbytes, self.device)
+        return LocalWindow(self.group, self.group.windows[members, name, nbytes], members.index(self.rank))
 
     def beside(self, lane: str) -> AbstractContextManager[None]:
         return nullcontext()  # threads have one order, and each waits for the others by itself

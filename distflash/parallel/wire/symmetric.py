@@ -21,7 +21,7 @@ from torch import Tensor
 from distflash.parallel.wire.base import SubWire, Wire
 from distflash.parallel.wire.p2p import P2PWire
 
-_GRAIN = 1 << 21  # bytes; what memory is mapped in
+GRAIN = 1 << 21  # bytes; what memory is mapped in
 _EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _FLUSH = 1 << 30  # CU_STREAM_WAIT_VALUE_FLUSH: what peers wrote before the flag is there, too
 _CAN_FLUSH = 98  # CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
@@ -94,7 +94,7 @@ class SymmetricWire(P2PWire):
         held = self._windows.get(key)
         if held is None or held.nbytes < nbytes:
             torch.cuda.synchronize(self.device)  # all that we have begun on the old one is done, on every rank once they have met below
-            self._windows[key] = CudaWindow(self._group(key[0]), -(-nbytes // _GRAIN) * _GRAIN, self.device)
+            self._windows[key] = CudaWindow(self._group(key[0]), -(-nbytes // GRAIN) * GRAIN, self.device)
         return self._windows[key]
 
     def _group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
@@ -150,7 +150,7 @@ class CudaWindow:
         self.nbytes, self.rank, self.size = nbytes, group.rank(), group.size()
         self._device = device.index or 0
         self._flags_at = nbytes  # behind the data: full[rank], then free[rank], int32
-        self._memory = symmetric.empty(nbytes + _GRAIN, dtype=torch.uint8, device=device)
+        self._memory = symmetric.empty(nbytes + GRAIN, dtype=torch.uint8, device=device)
         flags = self._memory[nbytes:].view(torch.int32)
         flags[: self.size].zero_()
         flags[self.size : 2 * self.size].fill_(1)
@@ -223,7 +223,7 @@ def obstacle(wire: P2PWire) -> str | None:
         return f"{refused} of {wire.size} ranks cannot reach the memory of all GPUs of the host"
     failure = None
     try:
-        CudaWindow(wire.group, _GRAIN, wire.device)
+        CudaWindow(wire.group, GRAIN, wire.device)
     except RuntimeError as error:  # a container may forbid to hand memory over
         failure = str(error).strip().partition("\n")[0]
     if failed := _count(wire, failure is not None):
