@@ -1,191 +1,217 @@
-"""Longer context, better quality: the same model and budget on long documents, at contexts of 1k to 32k (FlashAttention, tables 4 to 6).
+"""Longer context, better quality: the same model, bytes and steps at contexts of 1k to 32k (FlashAttention, tables 4 to 6).
 
     python -m benchmarks.paper.context                          writes results/paper_context.json and .png, four minutes
-    distflash run -n 4 -m benchmarks.paper.context              the same with every sequence shared by four GPUs
+    distflash run -n 2 -m benchmarks.paper.context              the same with every sequence shared by two GPUs
 
-Language model: `distflash train`'s model over the long documents of its default text (sympy's sources). In each run documents are cut to
-the context; all runs see as many tokens a step and take as many steps. Loss: nats a byte over the same held-out documents. The number
-of steps is what the budget has room for, by the time of some steps at the longest context.
+A document is a module of sympy and, after it, the module's tests; those longer than the longest context are used, some are held out.
 
-Classification: the trained model then learns to tell which part of sympy a text comes from: crops of the longest context, cut to the
-run's, end with one token that names the part, and only that one counts. Crops, steps and order are the same in all runs; held-out
-documents are tested. One part is guessed right by chance once in as many as there are. Legend: N tokens of a crop.
+1. One byte-level language model is trained at the shortest context, on shorter documents too. All runs start from it and from its
+   optimizer's state.
+2. Each run trains it on for the same number of steps, over the same bytes in the same order: only how far back attention sees differs.
+   The learning rate is constant in 1 and falls to zero in 2, at every context alike. How many steps there are follows from measured times.
+3. Every held-out byte is predicted once, with the `context` / 2 to `context` bytes before it (fewer where a document begins). Loss: nats
+   a byte of all, and by how many bytes of the document come before.
+4. Classification: which part of sympy is a crop from? A linear classifier reads the mean of the run's last hidden states over the first
+   `context` bytes of a crop that is as long as the longest context. Crops, classes (balanced) and regularisation are the same in all runs.
+
+Legend: N tokens of a row, T local tokens, C model width, L bytes of the longest context.
 """
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
-from importlib.metadata import distribution
-from itertools import accumulate as accumulated
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import distflash
 from benchmarks.paper.common import Bench, Rows, show
-from distflash.train.config import TrainConfig
-from distflash.train.data import BOS, DEFAULT_TEXT, IGNORE, Batch, Corpus, Windows
-from distflash.train.loop import Trainer, accumulate, batch_loss
-from distflash.train.optimize import clip_gradients, set_learning_rate
+from benchmarks.paper.learner import Learner, Size
+from benchmarks.paper.texts import CLASSES, crops, documents, parts_of, split, windows
+from distflash.train.model import ModelConfig
 
-CONTEXTS = tuple(1024 << n for n in range(6))  # 1k ... 32k
-CLASSES, CROPS, HELD_OUT = 8, 8, 0.15  # parts of the text; crops a step; share of the bytes that is held out
-TRAINING, TELLING = 0.6, 0.2  # shares of the budget: the language model, the classification
-Parts = dict[str, tuple[bytes, bytes]]  # name -> (training text, held-out text)
-
-
-def texts(least: int) -> tuple[list[bytes], list[bytes], Parts]:
-    """Documents of at least `least` bytes: (training, held-out), and all documents of the largest parts in the same two shares."""
-    files = [f for f in distribution(DEFAULT_TEXT).files or [] if f.suffix == ".py" and not {"tests", "benchmarks"} & set(f.parts)]
-    documents = [(f.parts[1] if len(f.parts) > 2 else "", f.read_binary()) for f in sorted(files, key=str)]
-    order = np.random.RandomState(0).permutation(len(documents))
-    shares: tuple[list[bytes], list[bytes]] = [], []
-    parts: dict[str, tuple[list[bytes], list[bytes]]] = {}
-    for n in order:
-        name, text = documents[n]
-        mine = parts.setdefault(name, ([], []))
-        total = sum(map(len, mine[0] + mine[1]))
-        held = sum(map(len, mine[1])) < HELD_OUT * total  # the first document of a part trains
-        mine[held].append(text)
-        if len(text) >= least:
-            shares[held].append(text)
-    sizes = {name: min(len(b"".join(one)) for one in mine) for name, mine in parts.items() if name}
-    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:CLASSES]
-    return *shares, {name: (b"".join(parts[name][0]), b"".join(parts[name][1])) for name in largest}
+FULL = Size(
+    tuple(1024 << n for n in range(6)), ModelConfig(512, 4, 4, 2, 1408, vocab=256, rope_theta=500_000.0), 1.5e-3, 65536, (1024, 256),
+    131072, (0, 1024, 4096, 16384, 32768),
+)  # fmt: skip
+QUICK = Size((64, 128), ModelConfig(32, 1, 2, 1, 64, vocab=256), 3e-3, 512, (16, 8), 512, (0, 64, 128), (4, 3), 2)
 
 
-def trainer_of(bench: Bench, world: Any, folder: Path, context: int, tokens: int, steps: int, train: Corpus, held: Corpus) -> Trainer:
-    """A fresh one over these documents."""
-    model = "tiny" if bench.quick else "mini"
-    config = TrainConfig(
-        str(folder), model=model, data=(str(folder / "text"),), steps=steps, seq_len=context, batch=tokens // context, warmup=steps // 10,
-        validate=0, sample=0, checkpoint_every=0, recompute=False, compare_steps=0, cp=world.size,
-    )  # fmt: skip
-    made = Trainer(config, world, lambda _: None)
-    made.windows, made.held_out = Windows(train, context, 0), Windows(held, context, 0)
-    return made
+class Spent(Exception):
+    """The budget is."""
 
 
-def step(trainer: Trainer) -> float:
-    loss, *_ = trainer.backward()
-    trainer.update()
-    return loss
+def classify(train: Tensor, labels: Tensor, test: Tensor, answers: Tensor) -> int:
+    """How many of the test features [crops, C] a linear classifier names right.
 
-
-@torch.no_grad()
-def held_out_loss(trainer: Trainer, tokens: int) -> tuple[float, int]:
-    """(nats a byte, bytes) over all held-out windows, as many at a time as `tokens` holds."""
-    windows, total, count = trainer.held_out, 0.0, 0
-    at_once = max(1, tokens // windows.seq_len)
-    for first in range(0, windows.per_epoch, at_once):
-        batch = windows.batch(first, min(at_once, windows.per_epoch - first))
-        loss = batch_loss(trainer.placement, trainer.parallel, batch, trainer.mesh.group, trainer.world.device)
-        total, count = total + loss.item() * batch.valid, count + batch.valid
-    return total / max(1, count), count
-
-
-def crops(parts: Parts, held: bool, count: int, longest: int, context: int, seed: int, room: int) -> list[Batch]:
-    """The first `context` - 1 bytes of `count` crops of `longest`, each after a BOS, its part as the label of its last token.
-
-    A batch has `room` tokens. What is cropped depends on neither `context` nor `room`.
+    Multinomial logistic regression on standardised features, 0.01 |W|² / 2 added to its loss.
     """
-    random, texts = np.random.RandomState(seed), [one[held] for one in parts.values()]
-    pieces: list[tuple[list[int], int]] = []
-    for _ in range(count):
-        answer = random.randint(len(texts))
-        start = random.randint(max(1, len(texts[answer]) - longest))
-        pieces.append(([BOS, *texts[answer][start : start + context - 1]], answer))
-    found, at_once = [], max(1, room // context)
-    for some in (pieces[n : n + at_once] for n in range(0, count, at_once)):
-        tokens = torch.tensor([token for piece, _ in some for token in piece])
-        borders = torch.tensor([0, *accumulated(len(piece) for piece, _ in some)], dtype=torch.int32)
-        labels = torch.full_like(tokens, IGNORE)
-        labels[borders[1:].long() - 1] = torch.tensor([answer for _, answer in some])
-        found.append(Batch(tokens, labels, borders))
-    return found
+    mean, spread = train.mean(0), train.std(0) + 1e-6
+    weight = torch.zeros(train.shape[1] + 1, CLASSES, dtype=torch.float64, requires_grad=True)
+    inputs, tested = (F.pad((x - mean) / spread, (0, 1), value=1.0) for x in (train, test))
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(inputs @ weight, labels) + 0.005 * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return int(((tested @ weight).argmax(1) == answers).sum())
 
 
-@torch.no_grad()
-def right(trainer: Trainer, batch: Batch, classes: int) -> int:
-    """Of how many crops the model names the part: the likeliest of the parts' tokens after the last one."""
-    seq, device = trainer.parallel.sequence(cu_seqlens=batch.cu_seqlens), trainer.world.device
-    logits = trainer.placement.forward(seq.shard(batch.tokens.to(device)[None]), seq)  # [1, T, V]
-    labels = seq.shard(batch.labels.to(device)[None])
-    return int(trainer.parallel.wire.all_reduce((logits[..., :classes].argmax(-1) == labels).sum().double().view(1)).item())
+def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share, E. B. Wilson 1927."""
+    share, n = right / of, of
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def tell(trainer: Trainer, parts: Parts, context: int, longest: int, room: int, steps: int, tested: int) -> float:
-    """Learn for `steps` to name the part a crop is from; the share of `tested` held-out crops that are named right."""
-    config, group, device = trainer.config, trainer.mesh.group, trainer.world.device
-    for done in range(steps):
-        batches = crops(parts, False, CROPS, longest, context, done, room)
-        accumulate(trainer.placement, trainer.parallel, batches, [batch.valid for batch in batches], group, device)
-        trainer.placement.average_gradients()
-        clip_gradients(trainer.placement, config.clip)
-        set_learning_rate(trainer.optimizer, config.peak_lr / 3 * min((done + 1) / 10, 1 - done / steps))
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-    return sum(right(trainer, batch, len(parts)) for batch in crops(parts, True, tested, longest, context, 10**6, room)) / tested
-
-
-def agreed(trainer: Trainer, seconds: float) -> float:
-    """The mean over ranks, so that all decide alike."""
-    wire = trainer.parallel.wire
-    return wire.all_reduce(torch.tensor([seconds], dtype=torch.float64, device=trainer.world.device)).item() / wire.size
+def paired(nats: np.ndarray, base: np.ndarray, bucket: int | None = None) -> dict[str, float]:
+    """Loss minus that of `base` on the same bytes, nats a byte, and its standard error over documents; [documents, buckets, 2] each."""
+    ours, theirs = (x.sum(1) if bucket is None else x[:, bucket] for x in (nats, base))
+    away, count = ours[:, 0] - theirs[:, 0], ours[:, 1]
+    mean = away.sum() / count.sum()
+    n = max(2, int((count > 0).sum()))
+    return {"mean": float(mean), "error": float(np.sqrt(n / (n - 1) * np.square(away - mean * count).sum()) / count.sum())}
 
 
 def draw(rows: Rows, figure: Any) -> None:
-    left, right_ = figure.subplots(1, 2)
-    left.plot([r["context"] for r in rows], [r["loss"] for r in rows], marker="o")
-    left.set(ylabel="held-out loss, nats a byte", xlabel="context, tokens", title="the same model, tokens and steps")
-    right_.plot([r["context"] for r in rows], [r["accuracy"] for r in rows], marker="o")
-    right_.set(ylabel="accuracy, held-out documents", xlabel="context, tokens", title="which part a text comes from")
-    for axes in (left, right_):
+    left, middle, right = figure.subplots(1, 3)
+    x = [r["context"] for r in rows]
+    left.plot(x, [r["loss"] for r in rows], marker="o")
+    left.set(ylabel="nats a byte", title="held-out loss")
+    for n, bucket in enumerate(rows[0]["buckets"]):
+        middle.plot(x, [r["buckets"][n]["loss"] for r in rows], marker="o", label=f"from {bucket['from']:,}")
+    middle.set(title="by bytes of the document before")
+    middle.legend()
+    bars = np.array([[r["accuracy"] - r["low"], r["high"] - r["accuracy"]] for r in rows]).T
+    right.errorbar(x, [r["accuracy"] for r in rows], yerr=bars, marker="o", capsize=3)
+    right.axhline(1 / CLASSES, linestyle=":", color="gray")
+    right.set(title="accuracy: which part a text is from")
+    for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
+        axes.set_xlabel("context, tokens")
+
+
+def run(bench: Bench, size: Size, world: Any, say: Callable[[str], None]) -> None:
+    """All phases; writes what it has when the budget is spent."""
+    longest, shortest = max(size.contexts), min(size.contexts)
+    shares = split(documents())
+    parts = parts_of(shares, longest)
+    train, common = ([text for _, text in shares[0] if len(text) > least] for least in (longest, shortest))
+    held = [text[: size.most] for _, text in shares[1] if len(text) > longest][: size.held]
+    classes = [torch.arange(count) % CLASSES for count in size.crops]
+    asked = [crops([one[n] for one in parts.values()], classes[n].tolist(), longest, (2, n)) for n in (0, 1)]
+    learner = Learner(size, world, bench.dtype)
+    spent: dict[str, float] = {}
+    steps, rows, sums = (0, 0), [], {}
+
+    def alive() -> None:
+        if learner.agreed(bench.left) < 0:
+            raise Spent
+
+    def learn(count: int, context: int, draw_at: Callable[[int], Tensor], rate: Callable[[int], float]) -> float:
+        last = []
+        for n in range(count):
+            last.append(learner.step(draw_at(n), context, rate(n)))
+            if n % 8 == 0:
+                alive()
+        return float(np.mean(last[-10:]))
+
+    def rehearse(context: int) -> float:
+        """Seconds a step; the first compile kernels."""
+        times = []
+        for n in range(2 if size.steps else 7):
+            begin = time.perf_counter()
+            learner.step(crops(train, size.row // longest, longest, (3, n)), context, 0.0)  # waits for the loss
+            times.append(time.perf_counter() - begin)
+        alive()
+        return learner.agreed(float(np.median(times[len(times) // 2 :])))
+
+    def tested(context: int) -> float:
+        """Steps that the tests of a run are worth; a pass without a backward takes less than half a step."""
+        return 0.5 * (sum(len(windows(len(text), context)) for text in held) + sum(size.crops)) * context / size.row + 4
+
+    try:
+        fresh = learner.state()
+        seconds = {context: rehearse(context) for context in reversed(size.contexts)}
+        learner.restore(fresh)
+        spent["rehearsal"] = bench.budget - bench.left
+        told = ", ".join(f"{1e3 * s:.0f} at {c}" for c, s in seconds.items())
+        say(f"{len(train)} documents, {len(held)} held out of {sum(map(len, held)):,} bytes; ms a step: {told}")
+
+        def room(a_step: float) -> int:
+            """Steps of each run that there is time for, `a_step` seconds for one of each."""
+            rest = learner.agreed(bench.left) - sum(s * tested(c) for c, s in seconds.items()) - 2 * len(seconds) - 3
+            return max(20, int(0.93 * rest / a_step))
+
+        each, begin = sum(seconds.values()), bench.left
+        n = room(each + size.before * seconds[shortest])
+        steps = size.steps or (size.before * n, n)
+        loss = learn(
+            steps[0], shortest, lambda n: crops(common, size.row // shortest, shortest, (0, n)),
+            lambda n: size.rate * min(1.0, (n + 1) / (0.03 * steps[0] + 1)),
+        )  # fmt: skip
+        spent["common"] = begin - bench.left
+        steps = size.steps or (steps[0], min(2 * n, room(each)))
+        say(f"{steps[0]} steps at {shortest}: {loss:.4f} nats a byte; then {steps[1]} at each context")
+        start = learner.state()
+        inward = [c for pair in zip(size.contexts, reversed(size.contexts), strict=True) for c in pair][: len(size.contexts)]
+        for context in inward:  # 1k, 32k, 2k, 16k, ...: what the budget has no room for is the least telling
+            begin = bench.left
+            learner.restore(start)
+            last = learn(
+                steps[1], context, lambda n: crops(train, size.row // longest, longest, (1, n)),
+                lambda n: size.rate * min(1.0, (n + 1) / 10) * (1 - n / steps[1]),
+            )  # fmt: skip
+            trained = bench.left
+            sums[context] = learner.held_out(held, context, alive)
+            right = classify(*(x for k in (0, 1) for x in (learner.features(asked[k], context, alive), classes[k])))
+            low, high = wilson(right, len(classes[1]))
+            nats, counted = sums[context].sum((0, 1))
+            accuracy = right / len(classes[1])
+            rows.append({
+                "context": context, "loss": nats / counted, "bytes": int(counted), "accuracy": accuracy, "low": low, "high": high,
+                "training_loss": last, "steps": sum(steps), "own_steps": steps[1], "tokens": sum(steps) * size.row,
+                "buckets": [
+                    {"from": edge, "loss": one[0] / max(1, one[1]), "bytes": int(one[1])}
+                    for edge, one in zip(size.edges, sums[context].sum(0).tolist(), strict=True)
+                ],
+                "above_shortest": paired(sums[context], sums[shortest]),
+                "above_shortest_far": paired(sums[context], sums[shortest], len(size.edges) - 1),
+                "seconds": {"training": begin - trained, "tests": trained - bench.left},
+            })  # fmt: skip
+            say(f"context {context}: {nats / counted:.4f} nats a byte, {right} of {len(classes[1])} crops named right")
+    except Spent:
+        say("the budget is spent")
+    rows.sort(key=lambda row: row["context"])
+    if world.is_main:
+        head = ("context", "nats a byte", *(f"from {edge:,}" for edge in size.edges), "accuracy")
+        lines = [
+            [f"{r['context']:,}", f"{r['loss']:.4f}", *(f"{b['loss']:.4f}" for b in r["buckets"]), f"{r['accuracy']:.1%}"] for r in rows
+        ]
+        show("held-out documents", head, lines)
+        parameters = sum(p.numel() for p in learner.model.parameters())
+        bench.finish(
+            rows, draw, (15, 4.2), model=asdict(size.model), parameters=parameters, parts=list(parts), gpus=world.size, chance=1 / CLASSES,
+            seed=0, rate=size.rate, tokens_a_step=size.row, steps={"common": steps[0], "own": steps[1]}, crops=size.crops, phases=spent,
+            budget=bench.budget, complete=len(rows) == len(size.contexts),
+            documents={"common": len(common), "own": len(train), "held_out": len(held)},
+            bytes={"common": sum(map(len, common)), "own": sum(map(len, train)), "held_out": sum(map(len, held))},
+        )  # fmt: skip
 
 
 def main() -> None:
     bench, world = Bench("context", __doc__, 240), distflash.init()
-    say = bench.say if world.is_main else lambda _: None
-    contexts, tested, least = ((128, 256), 8, 3) if bench.quick else (CONTEXTS, 128, 20)
-    longest = max(contexts)
-    room, rows = 2 * longest, []  # tokens a step, and a pass
-    training, held, parts = texts(longest)
-    train, held_out = Corpus.of(training), Corpus.of([text[: 4 * longest] for text in held[:2]] if bench.quick else held)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "text").write_bytes(training[0])  # what a Trainer reads by itself, before it is given all the documents
-        rehearsal, times = trainer_of(bench, world, folder, longest, room, 100, train, held_out), []
-        for _ in range(least if bench.quick else 10):
-            begin = time.perf_counter()
-            step(rehearsal)  # waits for the loss
-            times.append(time.perf_counter() - begin)
-        slowest = agreed(rehearsal, float(np.median(times[len(times) // 2 :])))
-        share = bench.budget / len(contexts) / slowest
-        wanted = TRAINING * share, TELLING * share * room / (CROPS * longest)
-        steps, turns = (least, least) if bench.quick else (max(least, int(n)) for n in wanted)
-        say(f"{len(train)} documents, {len(held_out)} held out; {1e3 * slowest:.0f} ms a step at {longest}: {steps} steps, then {turns}")
-        for context in reversed(contexts):  # the slowest first: what the budget has no room for is the least telling
-            if agreed(rehearsal, bench.left) < 0:
-                say("the budget is spent")
-                break
-            trainer, last = trainer_of(bench, world, folder, context, room, steps, train, held_out), 0.0
-            for _ in range(steps):
-                last = step(trainer)
-            loss, counted = held_out_loss(trainer, room)
-            say(f"context {context}: {loss:.4f} nats a byte on {counted} held-out bytes")
-            accuracy = tell(trainer, parts, context, longest, room, turns, tested)
-            say(f"context {context}: {accuracy:.1%} of {tested} crops named right")
-            about = {"training_loss": last, "steps": steps, "tokens_a_step": room, "turns": turns, "crops": tested}
-            rows.append({"context": context, "loss": loss, "bytes": counted, "accuracy": accuracy, **about})
-    rows.sort(key=lambda row: row["context"])
-    if world.is_main:
-        lines = [[f"{r['context']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}"] for r in rows]
-        show("held-out documents", ("context", "nats a byte", "accuracy"), lines)
-        bench.finish(rows, draw, model="tiny" if bench.quick else "mini", parts=list(parts), gpus=world.size, chance=1 / len(parts))
+    run(bench, QUICK if bench.quick else FULL, world, bench.say if world.is_main else lambda _: None)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,22 @@ def sparse(result: dict[str, Any]) -> str:
 
 
 def context(result: dict[str, Any]) -> str:
-    """Quality by context."""
-    rows = [[f"{r['context']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}", str(r["steps"])] for r in result["rows"]]
-    about = f"\n{result['gpus']} GPU, model {result['model']}; by chance {result['chance']:.1%} would be named right.\n"
-    return table(("context", "held-out loss, nats a byte", "parts named right", "steps"), rows) + about
+    """Quality by context: loss, also of the bytes that have the most before them, both against the shortest context, and accuracy."""
+    rows = [
+        [f"{r['context']:,}", f"{r['loss']:.4f}", _difference(r["above_shortest"]), f"{r['buckets'][-1]['loss']:.4f}",
+         _difference(r["above_shortest_far"]), f"{r['accuracy']:.1%}", f"{r['low']:.1%} to {r['high']:.1%}", f"{r['steps']:,}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    far = f"loss from byte {result['rows'][0]['buckets'][-1]['from']:,} on" if result["rows"] else "far"
+    head = ("context", "held-out loss, nats a byte", "above the shortest", far, "above the shortest", "parts named right", "95 %", "steps")
+    about = f"\n{result['gpus']} GPU, {result['parameters'] / 1e6:.1f} M parameters, "
+    about += f"{result['steps']['own']:,} of the steps at its own context; {result['crops'][1]} crops, by chance "
+    about += f"{result['chance']:.1%} would be named right. ± is a standard error over documents.\n"
+    return table(head, rows) + about
+
+
+def _difference(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.4f} ± {found['error']:.4f}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

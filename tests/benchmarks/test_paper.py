@@ -7,12 +7,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import io_model
-from benchmarks.paper import attention, common, context, hbm, sparse, tables
-from distflash.train.data import BOS, IGNORE
+from benchmarks.paper import attention, common, context, hbm, sparse, tables, texts
+from benchmarks.paper.learner import Learner
 
 PROGRAMS = ("attention", "memory", "hbm", "sparse", "context")
 
@@ -161,22 +163,83 @@ def test_smaller_tiles_move_more_and_standard_attention_moves_the_scores():
     assert all(one["hbm_predicted"] < 0.1 * hbm.predicted(hbm.STANDARD, 4096, 512, 2, 132)["hbm_predicted"] for one in found)
 
 
-def test_crops_are_the_same_documents_whatever_the_context_and_only_their_last_token_counts():
-    parts = {"a": (bytes(range(200)), b"x" * 50), "b": (bytes(range(50, 250)), b"y" * 50)}
-    long, short = (context.crops(parts, False, 5, 100, n, 3, 200) for n in (100, 20))
-    assert [len(batch.cu_seqlens) - 1 for batch in long] == [2, 2, 1] and len(short) == 1
-    starts = [batch.tokens[start : start + 20].tolist() for batch in long for start in batch.cu_seqlens[:-1].tolist()]
-    assert short[0].tokens.view(5, 20).tolist() == starts and {row[0] for row in starts} == {BOS}
-    answers = [label for batch in long for label in batch.labels.tolist() if label != IGNORE]
-    assert short[0].labels.view(5, 20)[:, -1].tolist() == answers and short[0].valid == 5
-    held = context.crops(parts, True, 4, 100, 20, 0, 200)[0]
-    assert [{tokens[1]} for tokens in held.tokens.view(4, 20).tolist()] == [{ord("xy"[a])} for a in held.labels[held.labels != IGNORE]]
+@pytest.mark.parametrize("length", [129, 130, 192, 193, 1000])
+def test_windows_predict_every_byte_once_with_half_a_context_before_it(length):
+    seen = [0] * length
+    for start, first in texts.windows(length, 128):
+        assert start + 128 < length
+        for j in range(first, 128):
+            seen[start + j + 1] += 1
+            assert j + 1 >= min(64, start + j + 1)
+    assert seen == [0] + [1] * (length - 1)
+
+
+def test_held_out_losses_are_those_of_the_model_and_every_byte_lies_in_its_bucket():
+    learner = Learner(context.QUICK, SimpleNamespace(size=1, device=torch.device("cpu")), torch.float32)
+    held = [bytes(range(200)), bytes(range(50, 240))]
+    found = learner.held_out(held, 128, lambda: None)  # [documents, buckets, 2]
+    assert found[:, :, 1].tolist() == [[63, 64, 72], [63, 64, 62]]
+    text = torch.tensor(list(held[0]))
+    seq = learner.sequence(128, 128)
+    nats = F.cross_entropy(learner.placement.forward(text[None, :128], seq)[0], text[1:129], reduction="none")
+    assert found[0, 0, 0] == pytest.approx(nats[:63].sum().item(), rel=1e-5)
+
+
+def test_features_are_means_over_the_context_whatever_follows_it():
+    learner = Learner(context.QUICK, SimpleNamespace(size=1, device=torch.device("cpu")), torch.float32)
+    pieces = torch.randint(256, (5, 129), generator=torch.Generator().manual_seed(0))
+    changed = torch.cat([pieces[:, :64], (pieces[:, 64:] + 1) % 256], 1)
+    same, other = (learner.features(x, 64, lambda: None) for x in (pieces, changed))
+    assert torch.equal(same, other) and same.shape == (5, 32)
+    assert not torch.equal(learner.features(pieces, 128, lambda: None), learner.features(changed, 128, lambda: None))
+
+
+def test_crops_are_whole_pieces_of_the_texts_that_are_named_and_the_same_every_time():
+    found = texts.crops([b"a" * 50, b"bc" * 100, b"de" * 30], [1, 2, 0], 40, (0, 1))
+    assert [set(bytes(row.tolist())) for row in found] == [set(b"bc"), set(b"de"), set(b"a")] and found.shape == (3, 41)
+    assert torch.equal(found, texts.crops([b"a" * 50, b"bc" * 100, b"de" * 30], [1, 2, 0], 40, (0, 1)))
 
 
 def test_what_is_held_out_is_in_no_training_text():
-    training, held, parts = context.texts(32768)
-    assert min(map(len, training + held)) >= 32768 and not set(training) & set(held) and 0.05 < len(held) / len(training) < 0.6
-    assert len(parts) == context.CLASSES and all(len(one[1]) > 100_000 for one in parts.values())
+    training, held = texts.split(texts.documents())
+    sizes = [sum(len(text) for _, text in share) for share in (training, held)]
+    assert not {text for _, text in training} & {text for _, text in held if len(text) > 1000} and 0.1 < sizes[1] / sum(sizes) < 0.25
+    parts = texts.parts_of((training, held), 32768)
+    assert len(parts) == texts.CLASSES and all(len(one[1]) > 100_000 for one in parts.values())
+
+
+def test_a_classifier_learns_what_is_linear_and_chance_is_what_it_says():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(256) % texts.CLASSES
+    centres = torch.randn(texts.CLASSES, 16, generator=random, dtype=torch.float64) * 3
+    train, test = (centres[labels] + torch.randn(256, 16, generator=random, dtype=torch.float64) for _ in range(2))
+    assert context.classify(train, labels, test, labels) > 250
+    assert context.classify(torch.randn(256, 16, generator=random, dtype=torch.float64), labels, test, labels) < 80
+
+
+def test_intervals_and_paired_differences_are_the_textbook_ones():
+    low, high = context.wilson(10, 20)
+    assert (low, high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
+    base = np.array([[[10.0, 10]], [[20.0, 10]]])
+    away = context.paired(base - np.array([[[1.0, 0]], [[3.0, 0]]]), base)
+    assert away == {"mean": pytest.approx(-0.2), "error": pytest.approx(0.1)}
+
+
+def test_a_budget_that_is_spent_half_way_leaves_the_runs_that_are_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["context", "--quick", "--out", str(tmp_path)])
+    features, lefts = Learner.features, []
+
+    def spend(self, *args):
+        lefts.append(1)
+        return features(self, *args)
+
+    monkeypatch.setattr(Learner, "features", spend)
+    monkeypatch.setattr(common.Bench, "left", property(lambda self: -1.0 if len(lefts) > 2 else 100.0))
+    context.main()
+    found = json.loads((tmp_path / "paper_context_quick.json").read_text())
+    assert [r["context"] for r in found["rows"]] == [64] and found["complete"] is False
+    assert "the budget is spent" in capsys.readouterr().out
 
 
 def test_the_page_says_what_is_not_measured_and_shows_what_is(results, monkeypatch):

@@ -86,7 +86,7 @@ def test_thresholds_with_real_links_are_above_the_formula_of_the_fastest_message
 def test_the_page_is_what_the_model_says_and_names_tests_that_exist():
     text = (ROOT / PAGE).read_text()
     assert rendered(text) == text, f"{PAGE} is out of date: run python -m benchmarks.io_model"
-    sources = "".join(path.read_text() for path in (ROOT / "tests" / "cost").glob("test_*.py"))
+    sources = "".join(path.read_text() for folder in ("cost", "parallel") for path in (ROOT / "tests" / folder).glob("test_*.py"))
     named = re.findall(r"\b(test_[a-z0-9_]{25,})", text)
     assert len(named) > 10
     assert not [name for name in named if f"def {name}(" not in sources]
