@@ -77,6 +77,24 @@ def memory() -> str:
     return table(("heads", "GPUs", "pass", "peak above the inputs, MiB", "formula, MiB"), rows) + source(result)
 
 
+def model() -> str:
+    """Predicted beside measured times of attention over NCCL, by scheme."""
+    result = load("model_2xh200_p2p")
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for r in result["rows"]:
+        how = f"{r['layout']}, {r['order']}" if r["ranks"] > 1 else "one GPU"
+        how += f", Ulysses {r['ulysses']}" * (r["ulysses"] > 1) + " (auto)" * (r["auto"] and r["ranks"] > 1)
+        cells.setdefault((r["ranks"], r["S"], f"{r['H']}/{r['Hk']}", how), {})[r["pass"]] = r
+    rows = []
+    for (ranks, length, heads, how), both in cells.items():
+        told = [f"{1e3 * r['seconds']:.2f}, {1e3 * r['predicted']:.2f} ({r['predicted'] / r['seconds'] - 1:+.0%})" for r in both.values()]
+        rows.append([str(ranks), f"{length:,}", heads, how, *told])
+    head = ("GPUs", "S", "heads", "scheme", *(f"{name}, ms: measured, predicted" for name in ("forward", "backward")))
+    told = f"\nErrors of the predictions: median {result['median_error']:.1%}, worst {result['worst_error']:.1%}."
+    told += f" What auto takes is at most {result['worst_regret']:.1%} slower than the fastest measured.\n"
+    return table(head, rows) + told + source(result)
+
+
 def train() -> str:
     """Training runs, and the loss curve beside one GPU's, of every machine that was measured."""
     head = ("GPUs", "dtype", "tokens a sequence", "steps", "first loss", "last loss", "largest relative difference", "ms a step", "peak GB")
@@ -255,6 +273,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "hopper": hopper,
     "hopper_all": hopper_all,
     "memory": memory,
+    "model": model,
     "train": train,
     "faults": faults,
     "vigilance": vigilance,

@@ -106,8 +106,8 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 # benchmarks/results/kernels_h100_80gb_hbm3.json: `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair
 _HOPPER = {
-    "forward": {64: Rate(565e12, 4.1), 128: Rate(680e12, 1.5), 256: Rate(730e12, 3.1)},
-    "backward": {64: Rate(555e12, 3.9), 128: Rate(578e12, 3.3), 256: Rate(509e12, 2.5)},
+    "forward": {64: Rate(562e12, 3.0), 128: Rate(688e12, 1.9), 256: Rate(761e12, 3.6)},
+    "backward": {64: Rate(548e12, 3.5), 128: Rate(570e12, 3.2), 256: Rate(501e12, 2.2)},
 }
 
 
