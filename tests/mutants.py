@@ -95,7 +95,8 @@ MUTANTS = {
     "a deterministic call sums what memory lets it sum at once": Mutant(
         "parallel/staging.py", "None if one_each else PACE", "PACE", f"{STAGING}::test_no_bit_depends_on_the_limit[4-symmetric]"),
     "the formula of memory forgets the gradient on its way": Mutant(
-        "cost/memory.py", "moving = mine", "moving = 0", f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
+        "cost/memory.py", "moving = mine", "moving = 0",
+        f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",

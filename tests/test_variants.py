@@ -14,8 +14,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distflash
-from distflash.kernels import adapters
 from distflash.cost.traffic import Shape
+from distflash.kernels import adapters
 from distflash.kernels.base import Problem
 from distflash.kernels.scores import philox
 from distflash.kernels.select import candidates

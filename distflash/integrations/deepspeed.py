@@ -59,6 +59,7 @@ class Section:
     ulysses: Any = "auto"
     wire: Any = "auto"
     check: Any = "first"
+    staging: Any = None
 
     @property
     def scheme(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def train(  # a command's parameters are its options: as many as there are
     order: Annotated[str, _option("When blocks move: auto, ring, all_gather, double_ring.")] = _DEFAULT.order,
     ulysses: Annotated[str, _option("Ranks that share heads during attention: auto, or a number.")] = str(_DEFAULT.ulysses),
     wire: Annotated[str, _option("What carries blocks between ranks: auto, p2p, symmetric.")] = _DEFAULT.wire,
+    staging: Annotated[str | None, _option("Memory for K and V on their way, as 512MiB. Default: no limit.")] = _DEFAULT.staging,
     kernel: Annotated[str, _option("Attention kernel: auto, or a name; a name runs or raises.")] = _DEFAULT.kernel,
     dtype: Annotated[str, _option("auto (bf16 on GPUs, fp32 on CPU), fp32, bf16.")] = _DEFAULT.dtype,
     shard: Annotated[bool | None, _option("Shard parameters with FSDP2. Default: on several GPUs.", "--shard/--no-shard")] = None,

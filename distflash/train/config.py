@@ -32,6 +32,7 @@ class TrainConfig:
     order: str = "auto"
     ulysses: int | str = "auto"
     wire: str = "auto"
+    staging: str | None = None  # memory for others' K and V on their way; None: as the order says
     kernel: str = "auto"
     dtype: str = "auto"  # auto: bf16 on GPUs, fp32 on CPU
     shard: bool | None = None  # None: FSDP2 on several GPUs, replicas on CPU

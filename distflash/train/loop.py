@@ -86,7 +86,7 @@ class Trainer:
         self.config, self.world, self.say = config, world, say
         torch.manual_seed(config.seed)
         self.mesh = Mesh.make(world, config.cp_size(world.size))
-        schemes: dict[str, Any] = {"layout": config.layout, "order": config.order, "ulysses": config.ulysses, "wire": config.wire}
+        schemes: dict[str, Any] = {name: getattr(config, name) for name in ("layout", "order", "ulysses", "wire", "staging")}
         self.parallel = distflash.SequenceParallel(self.mesh.cp_mesh, **schemes)
         corpus = load_corpus(config.data, config.field)
         self.digest = corpus.digest()

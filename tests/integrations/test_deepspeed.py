@@ -76,6 +76,7 @@ SECTIONS = [
     ({"distflash": {"order": "tree"}}, "order='tree' is not known"),
     ({"distflash": {"wire": "carrier pigeon"}}, "wire='carrier pigeon' is not known"),
     ({"distflash": {"check": True}}, "check=True is not known"),
+    ({"distflash": {"staging": "lots"}}, "staging=.lots. is not a positive number of bytes"),
     ({"distflash": {"ulysses": 3}}, "ulysses=3 must divide the 8 ranks"),
     ({"distflash": {"ulysses": 4, "sequence_parallel_size": 2}}, "ulysses=4 must divide the 2 ranks"),
     ({"distflash": {"ulysses": "2"}}, "ulysses='2' must be an integer or 'auto'"),
@@ -100,6 +101,7 @@ def test_sections_that_cannot_be_served_are_refused(config, message):
 
 def test_a_section_is_read():
     given = {"sequence_parallel_size": 4, "layout": "striped", "order": "all_gather", "ulysses": 2, "wire": "p2p", "check": "always"}
+    given |= {"staging": "1GiB"}
     harmless = {"gradient_allreduce_op": "mean", "tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 4}
     assert read_section({"distflash": given, **harmless}, 8) == Section(**given)
     assert read_section({"distflash": {}}, 8) == Section(sequence_parallel_size=8)

@@ -263,11 +263,11 @@ def test_only_matrices_decay(small_run, world):
 
 
 def test_the_library_is_called_with_the_schemes_asked_for(small_run, world_of):
-    config = small_run(cp=2, layout="contiguous", order="all_gather", ulysses=2)
+    config = small_run(cp=2, layout="contiguous", order="all_gather", ulysses=2, staging="1MiB")
 
     def start():
         sp = Trainer(config, world_of(), print).parallel
         assert isinstance(sp, distflash.SequenceParallel)
-        assert (sp.layout, sp.order, sp.ulysses) == ("contiguous", "all_gather", 2)
+        assert (sp.layout, sp.order, sp.ulysses, sp.staging) == ("contiguous", "all_gather", 2, 1 << 20)
 
     spmd_processes(2, start)
