@@ -18,7 +18,8 @@ from distflash.kernels.select import candidates, select
 from distflash.parallel.layout import gathered, lengths
 from distflash.parallel.mask import packed
 from distflash.parallel.plan import alone
-from distflash.parallel.sequence import Plans, ShardedSequence
+from distflash.parallel.planning import Plans
+from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
 from distflash.validate import check_shards, check_tensors, check_variants, sees
 

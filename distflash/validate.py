@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from distflash.parallel.documents import borders
 from distflash.parallel.mask import AnyMask, Mask
-from distflash.parallel.sequence import ShardedSequence, borders
+from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,28 +19,31 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True if there is a batch dimension."""
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
-    if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
-        raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) each, got {shapes}")
+    dim, qs, ks, vs = q.dim(), q.shape, k.shape, v.shape
+    if dim not in (3, 4) or not dim == k.dim() == v.dim():
+        raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) each, got {_shapes(q, k, v)}")
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
         raise TypeError(f"q, k, v must share one dtype of fp16, bf16, fp32, fp64, got {dtypes}: cast them")
     if not q.device == k.device == v.device:
-        devices = ", ".join(f"{name} on {x.device}" for name, x in named.items())
-        raise ValueError(f"q, k, v must be on one device, got {devices}: move them")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k and v must agree in all but the last dimension, got {shapes}")
-    if q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
-        raise ValueError(f"q and k must agree in batch and head_dim, got {shapes}")
-    if 0 in (q.shape[-1], q.shape[-2], k.shape[-2], v.shape[-1], *q.shape[:-3]):
-        raise ValueError(f"batch, heads and head_dim must not be 0, got {shapes}")
-    if q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[-2]} and {k.shape[-2]} ({shapes})")
-    return q.dim() == 4
+        raise ValueError(f"q, k, v must be on one device, got q on {q.device}, k on {k.device}, v on {v.device}: move them")
+    if ks[:-1] != vs[:-1]:
+        raise ValueError(f"k and v must agree in all but the last dimension, got {_shapes(q, k, v)}")
+    if qs[-1] != ks[-1] or qs[:-3] != ks[:-3]:
+        raise ValueError(f"q and k must agree in batch and head_dim, got {_shapes(q, k, v)}")
+    if 0 in (qs[-1], qs[-2], ks[-2], vs[-1], *qs[:-3]):
+        raise ValueError(f"batch, heads and head_dim must not be 0, got {_shapes(q, k, v)}")
+    if qs[-2] % ks[-2]:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {qs[-2]} and {ks[-2]} ({_shapes(q, k, v)})")
+    return dim == 4
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """In words, for an error only: they take longer than all checks."""
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
@@ -81,15 +85,15 @@ def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int 
     """(left, right) with None for unlimited; causal is right = 0."""
     if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(type(w) is int and w >= -1 for w in window_size)):
         raise ValueError(f"window_size={window_size!r} must be two integers (left, right), each -1 (unlimited) or more")
-    left, right = (None if w == -1 else w for w in window_size)
-    return left, 0 if causal else right
+    left, right = window_size
+    return None if left == -1 else left, 0 if causal else None if right == -1 else right
 
 
 def sees(mask: Slices | None, causal: bool, window_size: tuple[int, int], cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> AnyMask:
     """What each query sees, as one mask: `mask` as it is, or else a window inside each document."""
-    check_mask(mask, causal, window_size)
     if mask is None:
         return Mask(*window(causal, window_size), cu_q)
+    check_mask(mask, causal, window_size)
     _check_slices(mask, cu_q, cu_k)
     return mask
 

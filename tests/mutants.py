@@ -97,6 +97,13 @@ MUTANTS = {
     "the formula of memory forgets the gradient on its way": Mutant(
         "cost/memory.py", "moving = mine", "moving = 0",
         f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
+    # the Hopper kernels' work list
+    "rows skip a tile that the lower ones of them reach": Mutant(
+        "kernels/hopper/schedule.py", "> upper + 63 + hi", "> upper + hi",
+        "kernels/test_hopper_schedule.py::test_who_is_spared_a_tile_or_its_mask_does_not_need_it"),
+    "rows need no mask left of the tile that they need it in": Mutant(
+        "kernels/hopper/schedule.py", "(inner + 1) * width <=", "inner * width <=",
+        "kernels/test_hopper_schedule.py::test_on_the_diagonal_a_consumer_skips_what_is_right_of_it_and_masks_nothing_left_of_it"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",
@@ -198,13 +205,13 @@ MUTANTS = {
         "parallel/autograd.py", "accumulator(k.dtype) if ulysses.shared else k.dtype", "k.dtype",
         "parallel/test_ulysses.py::test_shared_key_heads_are_summed_in_fp32"),
     "positions are off by one": Mutant(
-        "parallel/sequence.py", "self.indices, right=True) - 1]", "self.indices, right=False) - 1]",
+        "parallel/shards.py", "indices, right=True) - 1]", "indices, right=False) - 1]",
         "parallel/test_sequence.py::test_indices_are_a_partition_and_positions_count_from_the_documents_start"),
     "positions do not start anew with a document": Mutant(
-        "parallel/sequence.py", "return self.indices - borders[", "return self.indices - 0 * borders[",
+        "parallel/shards.py", "= indices - borders[", "= indices - 0 * borders[",
         "parallel/test_sequence.py::test_indices_are_a_partition_and_positions_count_from_the_documents_start"),
     "the gradient of unshard forgets the other ranks": Mutant(
-        "parallel/sequence.py", "for part in parts[1:]), start=parts[0].to(wide))",
+        "parallel/shards.py", "for part in parts[1:]), start=parts[0].to(wide))",
         "for part in parts[:0]), start=parts[wire.rank].to(wide))",
         "parallel/test_sequence.py::test_shard_and_unshard_are_each_others_exact_adjoint"),
     "the gradient of the loss is P times too large": Mutant(
@@ -227,8 +234,9 @@ MUTANTS = {
     "ranks compare notes after the first message": Mutant(
         "parallel/sequence.py",
         'self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))\n'
-        "        return _Unshard.apply(x_local, self, dim)",
-        'whole = _Unshard.apply(x_local, self, dim)\n        self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype)\n'
+        "        return Unshard.apply(x_local, self.sp.wire, self._tokens, dim)",
+        "whole = Unshard.apply(x_local, self.sp.wire, self._tokens, dim)\n"
+        '        self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype)\n'
         "        return whole",
         "parallel/test_agreement.py::test_shards_to_be_gathered_must_fit_together"),
     "kinds of calls are told apart by the names of their fields": Mutant(
@@ -264,8 +272,8 @@ MUTANTS = {
         "parallel/autograd.py", "positions.keys(visit.parts, device)", "positions.keys(self.visits[0].parts, device)",
         f"{VARIANTS}[zigzag-ring-2]"),
     "positions count from the shard's start": Mutant(
-        "parallel/sequence.py", "return Positions(outer[self.sp.ring_wire.rank], outer)",
-        "return Positions(*[[range(n) for n in lengths(outer)][self.sp.ring_wire.rank : self.sp.ring_wire.rank + 1], outer])",
+        "parallel/planning.py", "return Positions(self.spans[self.wire.rank], self.spans)",
+        "return Positions(*[[range(n) for n in lengths(self.spans)][self.wire.rank : self.wire.rank + 1], self.spans])",
         f"{VARIANTS}[zigzag-ring-2]"),
     "queries are not aligned with the last keys": Mutant(
         "parallel/positions.py", "range(k1 - (q1 - q0), k1)", "range(q0, q1)",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distflash.parallel.sequence import borders
+from distflash.parallel.documents import borders
 
 Window = Sequence[int] | Tensor
 

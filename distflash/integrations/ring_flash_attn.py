@@ -33,7 +33,7 @@ from distflash.integrations.ring_flash_attn_llama3 import (
     update_ring_flash_attn_params,
 )
 from distflash.integrations.ring_flash_attn_schemes import RING, STRIPE, ZIGZAG, Returned, Scheme, attend, shared
-from distflash.parallel.sequence import Group
+from distflash.parallel.group import Group
 
 __all__ = [
     "llama3_flash_attn_prepare_cu_seqlens",

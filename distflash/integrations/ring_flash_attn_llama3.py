@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from distflash.integrations.flash_attn_arguments import Window, check_dims, cu_of, window_of
 from distflash.integrations.ring_flash_attn_schemes import LLAMA3, Returned, attend, parallel, sequence
-from distflash.parallel.sequence import Group, SequenceParallel, ShardedSequence, borders
+from distflash.parallel.documents import borders
+from distflash.parallel.group import Group
+from distflash.parallel.sequence import SequenceParallel, ShardedSequence
 
 
 def llama3_varlen(

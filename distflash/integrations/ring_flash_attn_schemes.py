@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distflash.api import attention
+from distflash.parallel.group import Group
 from distflash.parallel.layout import Layout, by_document, contiguous, striped, zigzag
-from distflash.parallel.sequence import Group, SequenceParallel, ShardedSequence
+from distflash.parallel.sequence import SequenceParallel, ShardedSequence
 
 Returned = Tensor | tuple[Tensor, Tensor, None]
 

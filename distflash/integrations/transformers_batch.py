@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distflash.parallel.sequence import SequenceParallel, borders
+from distflash.parallel.documents import borders
+from distflash.parallel.sequence import SequenceParallel
 from distflash.ragged import Ragged
 
 IGNORE = -100  # the label of a token that has none, in Transformers' losses

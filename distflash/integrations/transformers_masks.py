@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distflash.parallel.sequence import borders
+from distflash.parallel.documents import borders
 from distflash.ragged import Ragged
 
 

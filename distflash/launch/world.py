@@ -1,7 +1,8 @@
 """distflash.init(): one call that makes this process a rank, whatever started it.
 
 Legend: rank in 0..size-1 of the whole job; local_rank in 0..local_size-1 of this host; one GPU per local rank.
-environment.py says who we are, rendezvous.py where we meet; this file picks the device, creates the process group and ends it.
+environment.py says who we are, devices.py what computes, rendezvous.py where we meet, options.py what we may be asked for; this file
+creates the process group and ends it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from distflash.launch import rendezvous
+from distflash.launch import devices, options, rendezvous
 from distflash.launch.environment import Place, detect
-from distflash.launch.heartbeat import LIMIT, Heartbeat, lost_connection
+from distflash.launch.heartbeat import Heartbeat, lost_connection
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroupNCCL, Store
+    from torch.distributed import Store
 
 GOODBYE = 5.0  # seconds the rank that serves the store waits for the others at exit
 
@@ -96,12 +97,7 @@ def init(
     import torch
     import torch.distributed as dist
 
-    if backend not in (None, "nccl", "gloo"):
-        raise ValueError(f'backend must be "nccl", "gloo" or None, got {backend!r}: pass one of these')
-    if not timeout > 0:
-        raise ValueError(f"timeout must be positive seconds, got {timeout}: pass e.g. 600.0")
-    limit = _limit(heartbeat)
-    _check_ctas(nccl_ctas)
+    limit = options.checked(backend, timeout, heartbeat, nccl_ctas)
     known = _known(backend)
     if known:
         if nccl_ctas not in (None, _session.nccl_ctas):
@@ -121,14 +117,14 @@ def init(
         raise ValueError(f"nccl_ctas={nccl_ctas} needs the backend nccl, and ranks of this job would talk over gloo: leave it out")
     _session.nccl_ctas = nccl_ctas
     if place.launcher == "single":
-        device = _claim_device(place, backend)
+        device = devices.claim(place, backend)
         _session.world = World(0, 0, 1, 1, device, None, "single")
         return _session.world
     if not dist.is_available():
         raise RuntimeError(f"{place.launcher} started {place.size} ranks, but this torch has no distributed package: install another build")
     _hook_failures()
     if place.local_rank is not None:
-        _claim_device(place, backend)  # a rank that has no device fails here, before it meets the others
+        devices.claim(place, backend)  # a rank that has no device fails here, before it meets the others
     _session.world = _join(place, backend, timedelta(seconds=timeout), limit, rendezvous.named_interface(interface))
     atexit.register(_at_exit)
     return _session.world
@@ -152,7 +148,7 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     import torch.distributed as dist
 
     store, place, serves = rendezvous.meet(place, timeout, interface)
-    device = _claim_device(place, backend)
+    device = devices.claim(place, backend)
     rendezvous.use_interface(interface, place.one_host)
     if device.type == "cuda":
         rendezvous.avoid_multicast()
@@ -165,7 +161,7 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     store = dist.PrefixStore(str(_session.inits), store)  # keys of an earlier init() or attempt are never met again
     dist.init_process_group(
         name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None,
-        pg_options=_nccl_options(timeout) if name == "nccl" else None,
+        pg_options=options.nccl_options(timeout, _session.nccl_ctas) if name == "nccl" else None,
     )  # fmt: skip  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
     _session.store, _session.serves, _session.adopted = store, serves, False
     if limit and place.size > 1:
@@ -176,34 +172,6 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     _session.inits += 1
     assert place.local_rank is not None and place.local_size is not None
     return World(place.rank, place.local_rank, place.size, place.local_size, device, name, place.launcher)
-
-
-def _nccl_options(timeout: timedelta) -> ProcessGroupNCCL.Options:
-    """What NCCL's kernels may take of a GPU beside ours: they start before ours that wait, and have no more blocks than asked for."""
-    import torch.distributed as dist
-
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout  # the group's own; torch warns where they differ
-    if _session.nccl_ctas is not None:
-        options.config.min_ctas, options.config.max_ctas = 1, _session.nccl_ctas
-    return options
-
-
-def _check_ctas(ctas: object) -> None:
-    if ctas is not None and (isinstance(ctas, bool) or not isinstance(ctas, int) or ctas < 1):
-        raise ValueError(f"nccl_ctas must be a positive integer or None (NCCL chooses), got {ctas!r}: pass e.g. 8")
-
-
-def _limit(heartbeat: float | None) -> float:
-    """Seconds of silence after which a rank is lost, 0 for never: the argument, else DISTFLASH_HEARTBEAT, else LIMIT."""
-    given = os.environ.get("DISTFLASH_HEARTBEAT", LIMIT) if heartbeat is None else heartbeat
-    try:
-        limit = float(given)
-    except ValueError:
-        limit = -1.0
-    if not (limit == 0 or 0.5 <= limit < float("inf")):
-        raise ValueError(f"heartbeat must be 0 (off) or at least 0.5 seconds, got {given!r}: pass e.g. 10.0")
-    return limit
 
 
 def _adopt(backend: str | None) -> World:
@@ -223,39 +191,9 @@ def _adopt(backend: str | None) -> World:
         per_host = min(size, gpus) if "nccl" in name and gpus else size
         local = int(os.environ.get("LOCAL_RANK") or rank % per_host)
         place = Place("single" if size == 1 else "env", rank, size, local, max(per_host, local + 1))
-    device = _claim_device(place, "nccl" if "nccl" in name else "gloo")
+    device = devices.claim(place, "nccl" if "nccl" in name else "gloo")
     assert place.local_rank is not None and place.local_size is not None
     return World(rank, place.local_rank, size, place.local_size, device, name, place.launcher)
-
-
-def _claim_device(place: Place, backend: str | None) -> torch.device:
-    """This rank's device, made current if it is a GPU."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if backend == "gloo" or (backend is None and gpus == 0):
-        return torch.device("cpu")
-    index = gpu_index(place, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def gpu_index(place: Place, gpus: int, visible: str | None) -> int:
-    """Which of the `gpus` visible GPUs is this rank's. `visible` is CUDA_VISIBLE_DEVICES.
-
-    mpirun and srun can show each task a GPU of its own (`srun --gpus-per-task=1`); then it is the first, whatever the local rank.
-    """
-    assert place.local_rank is not None and place.local_size is not None
-    if gpus == 0:
-        raise ValueError('backend "nccl" needs a GPU that torch can use, got none: run `distflash doctor`, or pass backend="gloo"')
-    if gpus == 1 and visible and "," not in visible and place.launcher in ("mpi", "slurm"):
-        return 0
-    if place.local_size > gpus:
-        raise ValueError(
-            f"{place.local_size} ranks on this host need as many GPUs, got {gpus}: start {gpus} ranks a host, "
-            'check CUDA_VISIBLE_DEVICES, or pass backend="gloo" to run on the CPU'
-        )
-    return place.local_rank
 
 
 def shutdown() -> None:

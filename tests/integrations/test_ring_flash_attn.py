@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distflash.integrations import ring_flash_attn as rfa
 from distflash.integrations import ring_flash_attn_schemes as schemes
-from distflash.parallel import sequence
+from distflash.parallel import planning, sequence
 from distflash.parallel.layout import lengths
 from distflash.testing import Attention, Variants, dense, errors, keep_mask, spmd, spmd_processes
 from tests.schemes import START, Call, inputs, truth_of, whole
@@ -224,8 +224,8 @@ def test_chunks_of_unequal_length_are_refused_where_there_are_several_ranks():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_and_steps_share_one_plan(family, monkeypatch):
     made = []
-    plan = sequence.plan
-    monkeypatch.setattr(sequence, "plan", lambda *args: made.append(args) or plan(*args))
+    plan = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *args: made.append(args) or plan(*args))
 
     def work(group) -> None:
         shape = (36, 2, 8) if family.endswith("varlen") else (1, 36, 2, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distflash
-from distflash.launch import world
+from distflash.launch import options
 from distflash.launch.heartbeat import EXIT_PEER_LOST
 from distflash.parallel.wire.journal import DistFlashPeerLost
 from tests.launch.faults import LIMIT, RANKS, SLACK, fault, launch, ring, strike_with
@@ -124,13 +124,13 @@ def test_without_heartbeats_errors_are_as_they_were(tmp_path):
 @pytest.mark.parametrize("given", [-1.0, 0.1, float("nan"), float("inf")])
 def test_a_limit_that_cannot_be_kept_is_refused(given):
     with pytest.raises(ValueError, match="heartbeat must be 0"):
-        world._limit(given)
+        options.limit_of(given)
 
 
 def test_the_limit_is_the_argument_else_the_variable_else_ten_seconds(monkeypatch):
-    assert world._limit(None) == 10.0
+    assert options.limit_of(None) == 10.0
     monkeypatch.setenv("DISTFLASH_HEARTBEAT", "3")
-    assert world._limit(None) == 3.0 and world._limit(0) == 0.0
+    assert options.limit_of(None) == 3.0 and options.limit_of(0) == 0.0
     monkeypatch.setenv("DISTFLASH_HEARTBEAT", "soon")
     with pytest.raises(ValueError, match="'soon'"):
-        world._limit(None)
+        options.limit_of(None)

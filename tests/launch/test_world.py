@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distflash.launch import World, init, shutdown, world
+from distflash.launch import World, devices, init, shutdown, world
 from distflash.launch.environment import MPI_FAMILIES, Place
 from tests.launch.programs import ROOT, start
 
@@ -112,7 +112,7 @@ def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=FakeOptions), raising=False)
     monkeypatch.setattr(dist, "init_process_group", without_nccl)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(world, "_claim_device", lambda place, backend: torch.device("cuda", 0))
+    monkeypatch.setattr(devices, "claim", lambda place, backend: torch.device("cuda", 0))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -135,15 +135,15 @@ def test_the_options_of_somebody_elses_group_are_theirs():
 
 
 def test_each_local_rank_has_a_gpu_of_its_own():
-    assert [world.gpu_index(Place("torchrun", r, 8, r % 4, 4), 4, None) for r in range(8)] == [0, 1, 2, 3] * 2
+    assert [devices.gpu_index(Place("torchrun", r, 8, r % 4, 4), 4, None) for r in range(8)] == [0, 1, 2, 3] * 2
     with pytest.raises(ValueError, match="4 ranks on this host need as many GPUs, got 2: start 2 ranks a host"):
-        world.gpu_index(Place("torchrun", 0, 4, 0, 4), 2, None)
+        devices.gpu_index(Place("torchrun", 0, 4, 0, 4), 2, None)
     with pytest.raises(ValueError, match="2 ranks on this host"):
-        world.gpu_index(Place("torchrun", 1, 2, 1, 2), 1, "3")
+        devices.gpu_index(Place("torchrun", 1, 2, 1, 2), 1, "3")
 
 
 def test_srun_may_show_each_task_one_gpu():
-    assert world.gpu_index(Place("slurm", 3, 4, 3, 4), 1, "3") == 0
+    assert devices.gpu_index(Place("slurm", 3, 4, 3, 4), 1, "3") == 0
 
 
 def test_a_failure_is_noted_with_its_time_for_the_launcher(tmp_path):

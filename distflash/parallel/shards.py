@@ -1,0 +1,79 @@
+"""Which tokens ranks hold, as tensors, and from shards back to the whole.
+
+Legend: P ranks, T local tokens, S global tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distflash.parallel.layout import Layout, lengths
+from distflash.parallel.wire.base import Wire
+
+
+class Tokens:
+    """The tokens of each rank by their global indices, on any device: tensors that are made when first asked for, and kept."""
+
+    def __init__(self, layout: Layout, cu_seqlens: tuple[int, ...]):
+        self.length, self.lengths = cu_seqlens[-1], lengths(layout)  # S; T of each rank
+        self._layout, self._borders = layout, cu_seqlens
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
+
+    def indices(self, rank: int, device: torch.device) -> Tensor:
+        """Global index of each token that the rank holds, LongTensor (T,)."""
+        if (rank, device) not in self._indices:
+            spans = [torch.arange(s.start, s.stop, s.step) for s in self._layout[rank]]
+            self._indices[rank, device] = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(device)
+        return self._indices[rank, device]
+
+    def positions(self, rank: int, device: torch.device) -> Tensor:
+        """Position of each of them inside its document, LongTensor (T,)."""
+        if (rank, device) not in self._positions:
+            indices, borders = self.indices(rank, device), torch.tensor(self._borders, device=device)
+            self._positions[rank, device] = indices - borders[torch.searchsorted(borders, indices, right=True) - 1]
+        return self._positions[rank, device]
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """True if what is computed from these tensors will be differentiated by one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class Unshard(torch.autograd.Function):
+    """All S tokens along `dim` of the shards that the ranks hold; the gradient is the exact adjoint. A collective, backward too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, wire: Wire, tokens: Tokens, dim: int) -> Tensor:
+        ctx.wire, ctx.tokens, ctx.dim = wire, tokens, dim
+        shape = [*x.shape]
+
+        def room(rank: int) -> Tensor:
+            return x.new_empty([*shape[:dim], tokens.lengths[rank], *shape[dim + 1 :]])
+
+        parts = _swap(wire, [x] * wire.size, room)
+        whole = x.new_empty([*shape[:dim], tokens.length, *shape[dim + 1 :]])
+        for rank, part in enumerate(parts):
+            whole.index_copy_(dim, tokens.indices(rank, x.device), part)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        wire, tokens, dim = ctx.wire, ctx.tokens, ctx.dim
+        shares = [grad.index_select(dim, tokens.indices(rank, grad.device)) for rank in range(wire.size)]
+        parts = _swap(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = sum((part.to(wide) for part in parts[1:]), start=parts[0].to(wide))  # rank order: the same bits every run
+        return total.to(grad.dtype), None, None, None
+
+
+def _swap(wire: Wire, outgoing: Sequence[Tensor], room) -> list[Tensor]:
+    """Give `outgoing[rank]` to each rank; return what each gave us, written into `room(rank)`."""
+    others = [r for r in range(wire.size) if r != wire.rank]
+    arriving = {r: room(r) for r in others}
+    as_bytes = {r: x.view(-1).view(torch.uint8) for r, x in arriving.items()}
+    wire.exchange({r: outgoing[r].contiguous().view(-1).view(torch.uint8) for r in others}, as_bytes).wait()
+    return [arriving.get(r, outgoing[r]) for r in range(wire.size)]
