@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distflash.parallel.autograd import CLOCK, TRACE
+from distflash.parallel.autograd import CLOCK, TRACE, eager
 from distflash.parallel.merge import with_sinks
 from distflash.parallel.seeds import fresh
 from distflash.parallel.sequence import ShardedSequence
@@ -83,10 +83,13 @@ def attention(
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     slopes = None if alibi_slopes is None else alibi_slopes.expand(q.shape[0], -1)  # [B, H]
     seed = None if not dropout_p else fresh() if seq is None else seq.sp.seeds.draw(ticket)
-    in_order = seq is not None and torch.compiler.is_dynamo_compiling()
-    out, lse, _ = torch.ops.distflash.attention(q, k, v, ticket, gathered, slopes, seed, TRACE if in_order else None)
-    if in_order:
-        torch.ops.distflash.tick(CLOCK, lse.detach())
+    call = (q, k, v, ticket, gathered, slopes, seed)
+    if not torch.compiler.is_dynamo_compiling():
+        out, lse = eager(*call, None)
+    else:
+        out, lse, _ = torch.ops.distflash.attention(*call, None if seq is None else TRACE)
+        if seq is not None:
+            torch.ops.distflash.tick(CLOCK, lse.detach())
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     if not batched:

@@ -5,14 +5,20 @@ Legend: B batch, T tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 
 def readable(t: Tensor) -> bool:
     """True if TMA can read `t`: not empty, address and strides are multiples of 16 bytes, the last dimension is contiguous."""
-    unit = 16 // t.element_size()
-    steps = (s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
-    return t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in steps)
+    return t.data_ptr() % 16 == 0 and _lines(t.shape, t.stride(), 16 // t.element_size())
+
+
+@lru_cache(1024)
+def _lines(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    steps = (s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
+    return 0 not in shape and strides[-1] == 1 and all(s > 0 and s % unit == 0 for s in steps)
 
 
 def heads_first(t: Tensor) -> tuple[list[int], list[int]]:

@@ -208,3 +208,26 @@ def _gradient(ctx, dout, dlse, _):
 
 
 torch.library.register_autograd("distflash::attention", _gradient, setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The same gradient around the same operator, which modes and checkpoint policies see as ever. What `register_autograd` makes takes
+    apart and rebuilds an operator's lists of tensors, at every call and again in its backward: as much host time as all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx, *call):
+        output = torch.ops.distflash.attention.default(*call)
+        _setup_context(ctx, call, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        return _gradient(ctx, dout, dlse, None)
+
+
+def eager(*call: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the operator called with these arguments, differentiable; not for a trace."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
+        return _Attention.apply(*call)
+    return torch.ops.distflash.attention.default(*call)[:2]

@@ -165,7 +165,12 @@ class Descriptor:
         assert base.data_ptr() % 16 == 0 and all(s * base.element_size() % 16 == 0 for s in strides[:-1]) and strides[-1] == 1
         self.base, self.shape, self.strides, self.block_shape, self.layout = base, shape, strides, block_shape, layout
         self.dtype = base.dtype
-        self.view = torch.as_strided(base, [0 if base.numel() == 0 else n for n in shape], strides, base.storage_offset())
+
+    @property
+    def view(self):
+        return torch.as_strided(
+            self.base, [0 if self.base.numel() == 0 else n for n in self.shape], self.strides, self.base.storage_offset()
+        )
 
     def overlap(self, coordinates):
         """(where in the tensor, where in the box)."""

@@ -38,8 +38,7 @@ def legal(t: Tensor) -> Tensor:
 def descriptor(t: Tensor, length: int, rows: int, columns: int | None = None) -> TensorDescriptor:
     """[B, T, H, D] as [B, H, T, D] in boxes of [1, 1, rows, columns]; tokens from `length` on, and columns from D on, read as zeros."""
     (B, H, _, D), strides = heads_first(t)
-    box = [1, 1, rows, columns or D]
-    return TensorDescriptor(t, [B, H, length, D], strides, box, _layout(tuple(box), t.dtype))
+    return _described(t, (B, H, length, D), tuple(strides), (1, 1, rows, columns or D))
 
 
 def parts(side: int, head_dim: int) -> tuple[int, int]:
@@ -62,12 +61,23 @@ def stageable(sides: tuple[int, int], head_dims: tuple[int, int]) -> bool:
 
 def vector(t: Tensor, width: int) -> TensorDescriptor:
     """A contiguous tensor as one vector, in boxes of `width`."""
-    return TensorDescriptor(t, [t.numel()], [1], [width], _layout((width,), t.dtype))
+    return _described(t, (t.numel(),), (1,), (width,))
 
 
-@functools.cache
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    return NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+def _described(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorDescriptor:
+    """A descriptor of `t`, whose form was checked when it was first seen: Triton's checks take longer than all else about it."""
+    assert t.data_ptr() % 16 == 0, "TMA reads lines that start on 16 bytes"
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(_form(shape, strides, box, t.dtype), base=t)
+    return made
+
+
+@functools.lru_cache(1024)
+def _form(shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a descriptor but for its tensor. Raises what Triton raises on a form that TMA does not have."""
+    layout: Any = NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+    stand_in = torch.empty(8, dtype=dtype, device="cpu")
+    return vars(TensorDescriptor(stand_in, list(shape), list(strides), list(box), layout))
 
 
 @functools.cache
