@@ -23,7 +23,7 @@ def kept(tiles: Tiles) -> np.ndarray:
 
 
 def in_turn(left: int, inner: int, total: int) -> list[int]:
-    """A segment's tiles in the kernels' order (forward.tile_of): masked on the right, the last first; masked on the left; inner."""
+    """A segment's tiles in the forward's order (forward.from_right): masked on the right, the last first; masked on the left; inner."""
     right = total - inner - left
     return [*range(total - 1, total - 1 - right, -1), *range(left), *range(left, left + inner)]
 

@@ -49,7 +49,13 @@ def pick(r, order, rounds, heads):
 
 @gluon.jit
 def tile_of(i, left, inner, masked):
-    """Column tile of step i: the masked ones on the right, the last first; those on the left; then the inner ones."""
+    """Column tile of step i of a backward: the masked ones on the left, those on the right, then the inner ones."""
+    return gl.where(i < left, i, gl.where(i < masked, i + inner, i - masked + left))
+
+
+@gluon.jit
+def from_right(i, left, inner, masked):
+    """Column tile of step i of a forward: the masked ones on the right, the last first; those on the left; then the inner ones."""
     right = masked - left
     return gl.where(i < right, masked + inner - 1 - i, gl.where(i < masked, i - right, i - masked + left))
 
@@ -318,7 +324,7 @@ def consumer(
         mbarrier.arrive(ve.index(pidx), count=1, pred=skipped > 0)
         first, low, high, left, inner, total = bounds(at + 8, start + lines(r_l))
         if total - inner - plain > skipped:
-            cols = first + tile_of(skipped, left, inner, total - inner) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
+            cols = first + from_right(skipped, left, inner, total - inner) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
             s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
         m = gl.max(s, 1) * qs
         x = weights(s, qs, gl.where(m == float("-inf"), 0.0, m))
@@ -347,7 +353,7 @@ def consumer(
                 idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB)
             done += idle
             for i in range(done, masked):
-                n0 = first + tile_of(i, left, inner, total - inner) * BN
+                n0 = first + from_right(i, left, inner, total - inner) * BN
                 m, l, acc, x, idx, ph = step(True, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
             for _ in range(gl.maximum(masked, done), total):
                 m, l, acc, x, idx, ph = step(False, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
@@ -456,7 +462,7 @@ def producer(
             inner = gl.load(at + 5)
             total = gl.load(at + 6)
             for i in range(total):
-                n0 = first + tile_of(i, left, inner, total - inner) * BN
+                n0 = first + from_right(i, left, inner, total - inner) * BN
                 mbarrier.wait(ke.index(idx), ph)
                 mbarrier.expect(kf.index(idx), k_bytes)
                 fill(k, idx, desc_k, desc_k2, b, hk, n0, kf.index(idx))
