@@ -19,14 +19,13 @@ from distflash.kernels.base import Kernel, Problem
 from distflash.kernels.select import select
 from distflash.parallel import handles
 from distflash.parallel.agreement import mask_words
-from distflash.parallel.autograd import CLOCK, Scheme, Variants
+from distflash.parallel.autograd import CLOCK, Scheme, Variants, needs_gradients
 from distflash.parallel.documents import borders
 from distflash.parallel.mask import AnyMask, packed
 from distflash.parallel.messages import Messages
 from distflash.parallel.plan import alone
 from distflash.parallel.positions import aligned
 from distflash.parallel.sequence import ShardedSequence
-from distflash.parallel.shards import needs_gradients
 from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalGroup
 from distflash.validate import check_mask, check_shards, check_sinks, check_tensors, check_variants, documents, scale_of, sees

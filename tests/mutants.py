@@ -104,6 +104,9 @@ MUTANTS = {
     "rows need no mask left of the tile that they need it in": Mutant(
         "kernels/hopper/schedule.py", "(inner + 1) * width <=", "inner * width <=",
         "kernels/test_hopper_schedule.py::test_on_the_diagonal_a_consumer_skips_what_is_right_of_it_and_masks_nothing_left_of_it"),
+    "a maximum that lags never moves": Mutant(
+        "kernels/hopper/forward.py", "top = gl.where(top > m + LAZY, top, m)", "top = m",
+        "kernels/test_hopper_forward.py::test_a_maximum_that_lags_gives_the_same_softmax[creeps]"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",

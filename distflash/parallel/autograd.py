@@ -226,8 +226,13 @@ class _Attention(torch.autograd.Function):
         return _gradient(ctx, dout, dlse, None)
 
 
+def needs_gradients(*tensors: Tensor) -> bool:
+    """True if what is computed from these tensors will be differentiated by one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def eager(*call: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of the operator called with these arguments, differentiable; not for a trace."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
+    if needs_gradients(*call[:3]):
         return _Attention.apply(*call)
     return torch.ops.distflash.attention.default(*call)[:2]

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distflash.parallel.autograd import needs_gradients
 from distflash.parallel.sequence import ShardedSequence
-from distflash.parallel.shards import needs_gradients
 
 Reduce = Callable[[Tensor], Tensor]
 

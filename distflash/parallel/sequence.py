@@ -19,7 +19,7 @@ from distflash.cost import auto, traffic
 from distflash.kernels.base import Kernel
 from distflash.parallel import handles
 from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
-from distflash.parallel.autograd import Scheme, Variants
+from distflash.parallel.autograd import Scheme, Variants, needs_gradients
 from distflash.parallel.documents import borders, check_balanced_for, check_heads, one_document
 from distflash.parallel.group import Group, default_device, one_of, resolve, usual_order, wire_of
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, split
@@ -27,7 +27,7 @@ from distflash.parallel.mask import AnyMask
 from distflash.parallel.plan import ORDERS, Order, Visit
 from distflash.parallel.planning import Planner, Plans
 from distflash.parallel.seeds import Seeds
-from distflash.parallel.shards import Tokens, Unshard, needs_gradients
+from distflash.parallel.shards import Tokens, Unshard
 from distflash.parallel.slices import Slices
 from distflash.parallel.staging import parsed
 from distflash.parallel.ulysses import Ulysses, head_shards

@@ -38,11 +38,6 @@ class Tokens:
         return self._positions[rank, device]
 
 
-def needs_gradients(*tensors: Tensor) -> bool:
-    """True if what is computed from these tensors will be differentiated by one of them."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 class Unshard(torch.autograd.Function):
     """All S tokens along `dim` of the shards that the ranks hold; the gradient is the exact adjoint. A collective, backward too."""
 

@@ -66,7 +66,8 @@ def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, 
 @pytest.mark.parametrize(
     ("head_dim", "variant"),
     [(64, "wg2"), (64, "wg3nb3"), (64, "simple"), (64, "plain"), (64, "two_q"), (64, "ahead"), (96, "simple"),
-     (96, "ahead_staged"), (128, "ahead"), (128, "two_q"), (128, "one_q"), (192, "ahead"), (256, "one_q")],
+     (96, "ahead_staged"), (128, "ahead"), (128, "two_q"), (128, "one_q"), (128, "staged"), (128, "lazy"), (192, "ahead"),
+     (256, "one_q"), (256, "ahead_lazy")],
 )  # fmt: skip
 def test_variants_with_many_items_a_program(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5
@@ -99,3 +100,15 @@ def test_a_mask_cuts_the_first_tile_only_where_there_is_one_to_cut():
     for head_dim in (64, 128, 256):
         q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16)
         judge(forward(q, k, v, tiles, 0.1, dtype=torch.bfloat16), q, k, v, tiles, 0.1, torch.bfloat16)
+
+
+@pytest.mark.parametrize("step", [0.02, 0.3], ids=["creeps", "leaps"])
+def test_a_maximum_that_lags_gives_the_same_softmax(step):
+    """Scores rise from key to key: by half of 2^8 a tile of 64 keys, which a lagging maximum lets pass at first, or by many times that."""
+    tiles = Tiles((Tile(slice(0, 130), slice(0, 400), Band(-400, 400)),), 130, 400)
+    q, k, v, _ = inputs(tiles, 256, 256, torch.bfloat16)
+    k[..., 0] = step * torch.arange(400)[None, :, None]
+    q[..., 0] = 5.0
+    masked = Tiles((Tile(slice(0, 130), slice(0, 400), Band(-130, 270)),), 130, 400)
+    for seen in (tiles, masked):
+        judge(forward(q, k, v, seen, 0.5, dtype=torch.bfloat16), q, k, v, seen, 0.5, torch.bfloat16)

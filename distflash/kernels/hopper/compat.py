@@ -48,12 +48,12 @@ else:
 
 
 @gluon.constexpr_function
-def _scaled(n, rows):
-    """out = x * factor of n elements of a thread, behind a branch: `rows` are elements of each row that they are of."""
-    changed = [f"{'@!p ' * (k > 0)}setp.neu.f32 p, ${2 * n + row}, 0f3F800000;" for k, row in enumerate(rows)]
+def _times(n):
+    """out = x * factor of n elements of a thread, behind a branch; elements 0 and 2 are of the two rows that a thread has."""
     kept = [f"mov.f32 ${i}, ${n + i};" for i in range(n)]
     moved = [f"mul.f32 ${i}, ${n + i}, ${2 * n + i};" for i in range(n)]
-    return " ".join(["{ .reg .pred p;", *changed, *kept, "@!p bra same;", *moved, "same: }"])
+    changed = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; @!p setp.neu.f32 p, ${2 * n + 2}, 0f3F800000;"
+    return " ".join(["{ .reg .pred p;", changed, *kept, "@!p bra same;", *moved, "same: }"])
 
 
 @gluon.constexpr_function
@@ -65,7 +65,7 @@ def _operands(n):
 def scale_where_changed(x, factor):
     """x * factor, both 64 rows of a wgmma's accumulator; no thread multiplies where its two rows' factors are 1."""
     N: gl.constexpr = x.type.shape[1] // 2 if x.type.shape[1] < 64 else 32
-    return gl.inline_asm_elementwise(_scaled(N, (0, 2)), _operands(N), [x, factor], dtype=gl.float32, is_pure=True, pack=N)
+    return gl.inline_asm_elementwise(_times(N), _operands(N), [x, factor], dtype=gl.float32, is_pure=True, pack=N)
 
 
 @gluon.constexpr_function

@@ -80,20 +80,18 @@ def cast(x, k, acc):
 
 
 @gluon.jit
-def scaled(acc, factor):
-    """The rows of every part times `factor`."""
-    new = (acc[0] * gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None],)
-    for c in gl.static_range(1, len(acc)):
-        new = new + (acc[c] * gl.convert_layout(factor, gl.SliceLayout(1, acc[c].type.layout))[:, None],)
-    return new
+def times(x, factor, RARE: gl.constexpr):
+    """The rows of one part times `factor`, behind a branch if it is rarely anything but 1."""
+    factor = gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
+    return scale_where_changed(x, factor) if RARE else x * factor
 
 
 @gluon.jit
-def rescaled(acc, factor):
-    """`scaled`, for factors that are mostly 1."""
-    new = (scale_where_changed(acc[0], gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None]),)
+def scaled(acc, factor, RARE: gl.constexpr = False):
+    """`times` of every part."""
+    new = (times(acc[0], factor, RARE),)
     for c in gl.static_range(1, len(acc)):
-        new = new + (scale_where_changed(acc[c], gl.convert_layout(factor, gl.SliceLayout(1, acc[c].type.layout))[:, None]),)
+        new = new + (times(acc[c], factor, RARE),)
     return new
 
 
@@ -134,6 +132,13 @@ def before(idx, ph, NB: gl.constexpr):
 
 
 @gluon.jit
+def after(idx, ph, NB: gl.constexpr):
+    """The slot filled next, and its phase."""
+    wrap = idx == NB - 1
+    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
 def step(MASK: gl.constexpr, LAZY: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
     """One column tile: QK of this one and PV of the last one, of the weights p, run together; the softmax of this one beside PV."""
     s_l: gl.constexpr = zero.type.layout
@@ -158,7 +163,7 @@ def step(MASK: gl.constexpr, LAZY: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, 
     l = l * alpha + gl.sum(x, 1)
     acc = finished(acc, p)
     mbarrier.arrive(ve.index(pidx), count=1)
-    acc = rescaled(acc, alpha) if LAZY > 0 else scaled(acc, alpha)
+    acc = scaled(acc, alpha, LAZY > 0)
     idx, ph = after(idx, ph, NB)
     return top, l, acc, cast(x, k, acc), idx, ph
 
@@ -242,13 +247,6 @@ def stage(out, desc_o, desc_o2, q, mine, b, h, start):
     tma_store(desc_o, [b, h, start, 0], q[0].index(mine))
     if len(out) == 2:
         tma_store(desc_o2, [b, h, start, desc_o.block_shape[3]], q[1].index(mine))
-
-
-@gluon.jit
-def after(idx, ph, NB: gl.constexpr):
-    """The slot filled next, and its phase."""
-    wrap = idx == NB - 1
-    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
 
 
 @gluon.jit
