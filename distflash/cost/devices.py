@@ -26,11 +26,12 @@ class Rate(NamedTuple):
 class Link:
     """Seconds of a message, linear between measured points (bytes, seconds); beyond the last at its rate.
 
-    `drag`: computing beside a transfer loses this share of the transfer's time.
+    `drag`: computing beside a transfer loses this share of the transfer's time. `host`: seconds of the host that a transfer takes.
     """
 
     points: tuple[tuple[float, float], ...]
     drag: float = 0.0
+    host: float = 0.0
 
     @classmethod
     def of(cls, latency: float, bandwidth: float, drag: float = 0.0) -> Link:
@@ -86,18 +87,19 @@ class Device:
         """Raises ValueError if the text is no device."""
         try:
             found: dict[str, Any] = json.loads(text)
-            wires = {name: Link(tuple((x, t) for x, t in link["points"]), link["drag"]) for name, link in found.pop("wires").items()}
+            wires = {name: Link(**link | {"points": tuple((x, t) for x, t in link["points"])}) for name, link in found.pop("wires").items()}
             kernels = {name: {int(d): Rate(*rate) for d, rate in table.items()} for name, table in found.pop("kernels").items()}
             return cls(**found, wires=wires, kernels=kernels)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no device as `distflash doctor --measure` writes one: {error!r}") from error
 
 
-# 4 x H200, NV18, torch 2.11: NCCL send/recv in a ring, and pulls by copy engines, of 8, 32, 128 and 512 MiB; 20 µs of latency assumed.
-# Drag: attention of 1.8 ms beside 32 and 128 MiB took 1.07 and 1.28 of its time with NCCL, 1.03 and 1.04 with copy engines; the mean.
+# H200, NV18, torch 2.11, of 8, 32, 128 and 512 MiB: NCCL send/recv in a ring of 4; copy engines between 2, pulls, the slower way (pushes:
+# 326 to 391 GB/s). 20 µs of latency assumed. Drag: attention of 1.8 ms beside 32 and 128 MiB took 1.07 and 1.28 of its time with NCCL,
+# whose kernels take SMs, 1.03 and 1.04 with copy engines, which take none but share the HBM; the mean. Host: a round of flags.
 _SIZES = (8 * MiB, 32 * MiB, 128 * MiB, 512 * MiB)
 _NCCL = Link(((0, 20e-6), *((n, n / (r * GB)) for n, r in zip(_SIZES, (37, 87, 139, 326), strict=True))), drag=0.42)
-_COPIES = Link(((0, 20e-6), *((n, n / (r * GB)) for n, r in zip(_SIZES, (206, 314, 360, 369), strict=True))), drag=0.35)
+_COPIES = Link(((0, 20e-6), *((n, n / (r * GB)) for n, r in zip(_SIZES, (297, 355, 369, 371), strict=True))), drag=0.35, host=46e-6)
 
 
 def _nvlink(generation: float) -> dict[str, Link]:
@@ -106,8 +108,8 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 # benchmarks/results/kernels_h100_80gb_hbm3.json: `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair
 _HOPPER = {
-    "forward": {64: Rate(562e12, 3.0), 128: Rate(688e12, 1.9), 256: Rate(761e12, 3.6)},
-    "backward": {64: Rate(548e12, 3.5), 128: Rate(570e12, 3.2), 256: Rate(501e12, 2.2)},
+    "forward": {64: Rate(560e12, 2.8), 128: Rate(698e12, 2.0), 256: Rate(749e12, 2.0)},
+    "backward": {64: Rate(554e12, 3.5), 128: Rate(593e12, 3.2), 256: Rate(514e12, 2.4)},
 }
 
 
@@ -116,7 +118,7 @@ def _assumed(peak: float, forward: float = 0.50, backward: float = 0.43) -> dict
     return {name: {d: Rate(peak * share, 3.5) for d in (64, 128, 256)} for name, share in (("forward", forward), ("backward", backward))}
 
 
-_MEASURED = "kernels measured on an H100, links on 4 H200"
+_MEASURED = "kernels measured on an H100, links on 2 and 4 H200"
 _GUESSED = "kernels assumed: the portable kernel's share of the peak on an H100; links: H200's, scaled by the vendor's bandwidth"
 
 # Datasheets: NVIDIA A100 80GB SXM (2020), H100 SXM (2022), H200 SXM (2023), HGX B200 (2024); AMD Instinct MI300X (2023). Dense 16-bit

@@ -183,12 +183,17 @@ class Descriptor:
         return tuple(ours), tuple(theirs)
 
 
+def garbage(dtype: torch.dtype) -> float:
+    """What stands in shared memory until it is written."""
+    return float("nan") if dtype.is_floating_point else 1 << 20
+
+
 def _tma_load(desc: Descriptor, coordinates, bar: Barrier, into: Shared) -> None:
     ours, theirs = desc.overlap(coordinates)
     box = torch.zeros(desc.block_shape, dtype=desc.dtype)
     box[theirs] = desc.view[ours]
     assert box.numel() == into.data.numel() and box.dtype == into.data.dtype
-    into.data.fill_(float("nan"))
+    into.data.fill_(garbage(into.data.dtype))
 
     def land() -> None:
         into.data.copy_(box.view(into.data.shape))
@@ -293,7 +298,7 @@ def _named_barrier(verb, number, threads, warps=4) -> None:
 def _allocate(dtype, shape, layout):
     if dtype == torch.int64:
         return Barriers(_LOCAL.machine, shape[0])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, garbage(dtype), dtype=dtype))
 
 
 def _specialize(partitions, warps, registers) -> None:
@@ -384,7 +389,7 @@ def _modules() -> dict[str, ModuleType]:
     vars(compat).update(
         NVMMASharedLayout=layout, TensorDescriptor=Descriptor, LATER=False, named_barrier=_named_barrier,
         group_sync=lambda number, threads: _named_barrier("sync", number, threads), thread_barrier=lambda: None, tma_load=_tma_load,
-        tma_reduce_add=_tma_reduce_add, tma_store=_tma_store, scale_where_changed=lambda x, factor: x * factor,
+        tma_reduce_add=_tma_reduce_add, tma_store=_tma_store,
     )  # fmt: skip
     stats = ModuleType("stats")
     stats.stats_kernel, stats.delta_kernel = _stats, None  # type: ignore[attr-defined]

@@ -161,7 +161,7 @@ def agree(source, launched, dtype):
         if name in constants:
             assert value == constants[name] and type(value) is type(constants[name]), name
         elif isinstance(value, tma.TensorDescriptor):
-            element = {torch.float32: "fp32"}.get(value.base.dtype, dtype)
+            element = {torch.float32: "fp32", torch.int32: "i32"}.get(value.base.dtype, dtype)
             assert signature[name] == f"tensordesc<{element}{value.block_shape},{value.layout!r}>", name
         else:
             assert signature[name] == as_compiled(value), name

@@ -37,7 +37,7 @@ def test_every_shipped_configuration_is_checked():
     assert sum(n.startswith("backward") for n in names) == sum(c.one_pass is not None for c in configs.BACKWARD.values())
 
 
-def test_with_the_triton_that_torch_brings_one_forward_keeps_addresses_of_its_way_out_in_memory_and_nothing_else_spills():
+def test_with_the_triton_that_torch_brings_nothing_spills():
     from distflash.kernels.hopper.check import KNOWN_GAPS
 
-    assert KNOWN_GAPS["3.6"] == {"forward D64": 96, "forward D64 fp16": 96}
+    assert "3.6" not in KNOWN_GAPS

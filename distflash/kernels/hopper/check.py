@@ -37,8 +37,6 @@ _SHARED = 232448  # bytes a block may have on sm_90
 # The configurations are tuned for 3.6, with which torch 2.11 comes; later releases keep more addresses in registers over the loops.
 _MOST = " fp16 padded running fp32"  # a backward with every option on
 KNOWN_GAPS = {
-    # four addresses of the way out: kept in local memory once a program, read once an item; faster than stores from the matmul's layout
-    "3.6": {"forward D64" + kind: 96 for kind in ("", " fp16")},
     "3.7": {  # none in the hot loops
         **{"forward D64" + kind: 120 for kind in ("", " fp16")},
         **{"forward D64" + kind: 32 for kind in (" running fp32", " padded")},
@@ -52,13 +50,14 @@ KNOWN_GAPS = {
         **{"dq D256/128" + kind: 48 for kind in ("", " fp16", _MOST)},
         **{"dq D256" + kind: 32 for kind in ("", " fp16")},
         **{"forward D192/128" + kind: 88 for kind in ("", " running fp32", " fp16", " padded running fp32")},  # forwards: once an item
-        **{"forward D256" + kind: 244 for kind in ("", " fp16")},
+        **{"forward D128" + kind: 24 for kind in ("", " fp16")},
+        **{"forward D256" + kind: 256 for kind in ("", " fp16")},
         "forward D256 running fp32": 468,
         "forward D256 padded running fp32": 596,
     },
 }
 Sides = tuple[int, int]  # of the tiles that hold the query and key, and the value head size
-_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i32": gl.int32}
 
 
 def _descriptor(box: list[int], dtype: str) -> str:
@@ -71,14 +70,13 @@ def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str
     tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
     signature = {f"desc_{name}": _descriptor([1, 1, rows, width], dtype) for name, (rows, (width, _)) in tensors.items()}
     signature |= {f"desc_{name}2": _descriptor([1, 1, rows, width], dtype) for name, (rows, (_, width)) in tensors.items() if width}
-    staged = c.staged and not acc and out == dtype and stageable(sides, columns or sides)
+    staged = c.staged and not acc and out == dtype and stageable(sides, columns or sides, c.q_stages == 1)
     signature |= {f"desc_o{n}": _descriptor([1, 1, 64, w], dtype) for n, w in zip(("", 2), widths[1], strict=True) if staged and w}
-    signature |= {"O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
+    signature |= {"desc_order": _descriptor([16], "i32"), "O": "*" + out, "qs": "fp32"} | dict.fromkeys(("M", "A", "AM"), "*fp32")
     signature |= dict.fromkeys(("segments", "order"), "*i32") | dict.fromkeys(("rounds", "heads", "group", "t_q"), "i32")
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
     constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
     constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "AHEAD": c.ahead}
-    constants |= {"LAZY": c.lazy}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 

@@ -16,7 +16,6 @@ __all__ = [
     "TensorDescriptor",
     "group_sync",
     "named_barrier",
-    "scale_where_changed",
     "thread_barrier",
     "tma_load",
     "tma_reduce_add",
@@ -45,27 +44,6 @@ else:
         """Add shared memory to global memory by TMA; 3.6 has the operation but no name for it."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
-
-
-@gluon.constexpr_function
-def _times(n):
-    """out = x * factor of n elements of a thread, behind a branch; elements 0 and 2 are of the two rows that a thread has."""
-    kept = [f"mov.f32 ${i}, ${n + i};" for i in range(n)]
-    moved = [f"mul.f32 ${i}, ${n + i}, ${2 * n + i};" for i in range(n)]
-    changed = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; @!p setp.neu.f32 p, ${2 * n + 2}, 0f3F800000;"
-    return " ".join(["{ .reg .pred p;", changed, *kept, "@!p bra same;", *moved, "same: }"])
-
-
-@gluon.constexpr_function
-def _operands(n):
-    return ",".join(["=f"] * n + ["f"] * (2 * n))
-
-
-@gluon.jit
-def scale_where_changed(x, factor):
-    """x * factor, both 64 rows of a wgmma's accumulator; no thread multiplies where its two rows' factors are 1."""
-    N: gl.constexpr = x.type.shape[1] // 2 if x.type.shape[1] < 64 else 32
-    return gl.inline_asm_elementwise(_times(N), _operands(N), [x, factor], dtype=gl.float32, is_pure=True, pack=N)
 
 
 @gluon.constexpr_function

@@ -19,15 +19,10 @@ class ForwardConfig:
     stages: int
     q_stages: int = 1  # buffers of Q: with 2, the next item's Q comes during this one
     ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
-    staged: bool = False  # out leaves through a Q buffer by TMA where it can; needs two
-    lazy: int = 0  # a row's running maximum moves once it is passed by this many powers of 2; 0: always
+    staged: bool = False  # out leaves by TMA where it can: through a Q buffer if there are two, else through one of its own
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
-
-    def __post_init__(self):
-        if self.staged and self.q_stages != 2:
-            raise ValueError(f"out goes through a buffer of Q that the next item does not need: 2 buffers, not {self.q_stages}")
 
     @property
     def block_m(self) -> int:
@@ -100,10 +95,10 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True) if not LATER else ForwardConfig(2, 128, 3),
     (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True),
-    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, ahead=not LATER, staged=True),
+    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True),
     (192, 128): ForwardConfig(2, 128, 2),
     (192, 192): ForwardConfig(2, 64, 3),
-    (256, 256): ForwardConfig(2, 64, 2, lazy=8),
+    (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
@@ -129,8 +124,7 @@ FORWARD_VARIANTS = {
         "one_q": ForwardConfig(2, 128, 2),
         "two_q": ForwardConfig(2, 128, 2, q_stages=2),
         "ahead": ForwardConfig(2, 128, 2, **_AHEAD),
-        "staged": ForwardConfig(2, 128, 2, q_stages=2, staged=True),
-        "lazy": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, lazy=8),
+        "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -144,7 +138,7 @@ FORWARD_VARIANTS = {
         "simple": ForwardConfig(2, 64, 2, persistent=False),
         "one_q": ForwardConfig(2, 64, 2),
         "ahead": ForwardConfig(2, 64, 2, ahead=True),
-        "ahead_lazy": ForwardConfig(2, 64, 2, ahead=True, lazy=8),
+        "staged": ForwardConfig(2, 64, 2, staged=True),
     },
 }
 
@@ -159,7 +153,7 @@ BACKWARD = {
         dq=RowsConfig(128, 2, 2),
     ),
     (128, 128): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True),
+        KeysConfig(64, 2, overlap=False, late=True, prompt=True, named=True, staged=True, hide=True),
         dkv=KeysConfig(64, 2, overlap=False, late=False),
         dq=RowsConfig(128, 2, 2),
     ),
@@ -190,7 +184,9 @@ BACKWARD_VARIANTS = {
         "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
         "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
         "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
-        "named_staged": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, staged=True)),
+        "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
+        "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
+        "overlap_named": replace(_128, one_pass=KeysConfig(64, 2, True, True, prompt=True, hide=True, named=True, staged=True)),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),

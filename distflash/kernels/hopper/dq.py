@@ -16,7 +16,26 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from distflash.kernels.hopper.backward import store_rows
 from distflash.kernels.hopper.compat import tma_load
-from distflash.kernels.hopper.forward import again, as_operand, limits, pick, tile_of
+from distflash.kernels.hopper.forward import again, as_operand, entry, tile_of
+
+
+@gluon.jit
+def pick(r, order, rounds, heads):
+    """Work item of round r: (is there one, row of the block table, batch element, head)."""
+    at = entry(r, order, rounds)
+    block = gl.load(at)
+    bh = gl.load(at + 1)
+    return block >= 0, gl.maximum(block, 0), bh // heads, bh % heads
+
+
+@gluon.jit
+def limits(segments, sg, start, r_l: gl.constexpr):
+    """A segment, and the columns low <= j < high that each of 64 rows from `start` keeps in it."""
+    at = segments + 8 * sg
+    rows = start + gl.arange(0, 64, layout=r_l)
+    low = rows + gl.load(at + 2)
+    high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
+    return gl.load(at), low, high, gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
 
 
 @gluon.jit

@@ -4,6 +4,8 @@
     segment   the columns that a block meets in one entry: `total` tiles of BN columns from `first`; tiles `left` ..
               `left + inner - 1` need no mask, and are done last so that the loop over them has no mask code
     slot      one of NB buffers of K and of V; (slot, phase) walks on across items and never restarts. NQ buffers of Q: item r is in r % NQ
+    line      an item's line of Schedule.order. It comes to shared memory with the item's Q: read from there it costs tens of clocks each
+              time, from global memory hundreds, four times an item
     part      columns of a head: a side of a tensor or a box is a power of two, so 96, 192 and 256 are two (tma.parts). q, k, v (shared
               memory) and acc are tuples of one or two parts: Q Kᵀ is a sum over them, P V one product for each
 
@@ -11,7 +13,8 @@ Barriers (count): q_full (1, TMA), q_empty (NC), k_full, v_full (1, TMA), k_empt
 `empty` one starts with parity 1, which a fresh mbarrier lets pass. Six arrays, not one: for what may alias, Triton adds a bar.sync.
 An item's first Q Kᵀ is issued at the end of the item before: after its epilogue, or if AHEAD before its last P V is waited for, so that it
 runs beside the epilogue. After a program's last item it is issued once more, on whatever lies there, and nobody reads it: a wgmma under
-way cannot pass the end of an `if`. With a `desc_o`, 64 rows that are the block's own leave through the item's Q buffer by TMA.
+way cannot pass the end of an `if`. With a `desc_o`, 64 rows that are the block's own leave by TMA: through the item's Q buffer, or if there
+is but one of it, through a buffer of one part of their own.
 Statistics are base 2 inside: m and the exponent are in units of log2(e) * scale.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
 """
@@ -22,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.compat import scale_where_changed, tma_load, tma_store
+from distflash.kernels.hopper.compat import tma_load, tma_store
 
 
 @gluon.jit
@@ -39,12 +42,15 @@ def entry(r, order, rounds):
 
 
 @gluon.jit
-def pick(r, order, rounds, heads):
-    """Work item of round r: (is there one, row of the block table, batch element, head)."""
-    at = entry(r, order, rounds)
-    block = gl.load(at)
-    bh = gl.load(at + 1)
-    return block >= 0, gl.maximum(block, 0), bh // heads, bh % heads
+def line_of(dealt, r):
+    """Item r's line of Schedule.order, from shared memory, all of it in every thread; to be read once the item's Q is there."""
+    return dealt.index(2 * (again(r) % 2)).load(gl.BlockedLayout([16], [32], [4], [0]))
+
+
+@gluon.jit
+def number(line, n: gl.constexpr):
+    """Number n of a line: no instruction, for the thread has each in a register."""
+    return gl.sum(gl.where(gl.arange(0, 16, layout=line.type.layout) == n, line, 0), 0)
 
 
 @gluon.jit
@@ -58,6 +64,16 @@ def from_right(i, left, inner, masked):
     """Column tile of step i of a forward: the masked ones on the right, the last first; those on the left; then the inner ones."""
     right = masked - left
     return gl.where(i < right, masked + inner - 1 - i, gl.where(i < masked, i - right, i - masked + left))
+
+
+@gluon.jit
+def kept(s, n0, low, high):
+    """s of columns low <= j < high, -inf elsewhere; the tile begins at column n0. What of a column's number differs from thread to thread
+    is moved to the bounds, so that a register's own part is a constant of its comparisons."""
+    i = gl.arange(0, s.type.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    mine = n0 + (i & 6)[None, :]
+    i = (i & ~6)[None, :]
+    return gl.where((i >= low[:, None] - mine) & (i < high[:, None] - mine), s, float("-inf"))
 
 
 @gluon.jit
@@ -80,18 +96,17 @@ def cast(x, k, acc):
 
 
 @gluon.jit
-def times(x, factor, RARE: gl.constexpr):
-    """The rows of one part times `factor`, behind a branch if it is rarely anything but 1."""
-    factor = gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
-    return scale_where_changed(x, factor) if RARE else x * factor
+def times(x, factor):
+    """The rows of one part times `factor`."""
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
 @gluon.jit
-def scaled(acc, factor, RARE: gl.constexpr = False):
+def scaled(acc, factor):
     """`times` of every part."""
-    new = (times(acc[0], factor, RARE),)
+    new = (times(acc[0], factor),)
     for c in gl.static_range(1, len(acc)):
-        new = new + (times(acc[c], factor, RARE),)
+        new = new + (times(acc[c], factor),)
     return new
 
 
@@ -139,10 +154,8 @@ def after(idx, ph, NB: gl.constexpr):
 
 
 @gluon.jit
-def step(MASK: gl.constexpr, LAZY: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
+def step(MASK: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
     """One column tile: QK of this one and PV of the last one, of the weights p, run together; the softmax of this one beside PV."""
-    s_l: gl.constexpr = zero.type.layout
-    BN: gl.constexpr = zero.type.shape[1]
     NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(kf.index(idx), ph)
     s = scores(q, k, mine, idx, zero)
@@ -152,18 +165,15 @@ def step(MASK: gl.constexpr, LAZY: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, 
     s = warpgroup_mma_wait(len(v), deps=[s])
     mbarrier.arrive(ke.index(idx), count=1)
     if MASK:
-        cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
-        s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
+        s = kept(s, n0, low, high)
     top = gl.maximum(m, gl.max(s, 1) * qs)
-    if LAZY > 0:  # weights of up to 2^LAZY do no harm, and spare most rows most multiplications
-        top = gl.where(top > m + LAZY, top, m)
     shift = gl.where(top == float("-inf"), 0.0, top) if MASK else top
     alpha = gl.exp2(m - shift)
     x = weights(s, qs, shift)
     l = l * alpha + gl.sum(x, 1)
     acc = finished(acc, p)
     mbarrier.arrive(ve.index(pidx), count=1)
-    acc = scaled(acc, alpha, LAZY > 0)
+    acc = scaled(acc, alpha)
     idx, ph = after(idx, ph, NB)
     return top, l, acc, cast(x, k, acc), idx, ph
 
@@ -176,17 +186,18 @@ def lines(layout: gl.constexpr):
 
 
 @gluon.jit
-def limits(segments, sg, start, r_l: gl.constexpr):
-    """A segment, and the columns low <= j < high that each of 64 rows from `start` keeps in it."""
-    return bounds(segments + 8 * sg, start + gl.arange(0, 64, layout=r_l))
+def segment(line, segments, n):
+    """A line of an item with its segment n in place of its first."""
+    i = gl.arange(0, 16, layout=line.type.layout)
+    return gl.load(segments + (8 * (number(line, 4) + n - 1) + i), mask=(n > 0) & (i >= 8), other=line)
 
 
 @gluon.jit
-def bounds(at, rows):
-    """`limits` of these rows in the segment that stands there."""
-    low = rows + gl.load(at + 2)
-    high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
-    return gl.load(at), low, high, gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
+def bounds(line, rows):
+    """The segment of a line: first column, the columns low <= j < high that each of these rows keeps, tiles."""
+    low = rows + number(line, 10)
+    high = gl.minimum(rows + number(line, 11) + 1, number(line, 9))
+    return number(line, 8), low, high, number(line, 12), number(line, 13), number(line, 14)
 
 
 @gluon.jit
@@ -238,46 +249,50 @@ def zeros(columns):
 
 
 @gluon.jit
-def stage(out, desc_o, desc_o2, q, mine, b, h, start):
-    """Out of 64 rows by way of Q's buffer, which nobody reads any more; the copy is still reading it on return."""
-    q[0].index(mine).store(out[0].to(q[0].dtype))
-    if len(out) == 2:
-        q[1].index(mine).store(out[1].to(q[1].dtype))
-    fence_async_shared()
-    tma_store(desc_o, [b, h, start, 0], q[0].index(mine))
-    if len(out) == 2:
-        tma_store(desc_o2, [b, h, start, desc_o.block_shape[3]], q[1].index(mine))
+def stage(out, desc_o, desc_o2, way, mine, OWN: gl.constexpr, b, h, start):
+    """Out of 64 rows by way of shared memory, from where a copy is still leaving on return: of Q, which nobody reads any more, or of a
+    buffer of their OWN for one part, from where the copy before has to have left."""
+    for c in gl.static_range(len(out)):
+        place = way[0 if OWN else c].index(mine)
+        if OWN:
+            tma.store_wait(0)
+        place.store(out[c].to(place.dtype))
+        fence_async_shared()
+        if c == 0:
+            tma_store(desc_o, [b, h, start, 0], place)
+        else:
+            tma_store(desc_o2, [b, h, start, desc_o.block_shape[3]], place)
 
 
 @gluon.jit
-def spared(at, cid: gl.constexpr, there):
-    """What the item that stands there, if there is one, spares this consumer's rows: (1 if they reach nothing of its first tile, 1 if
-    they need no mask in the last of the masked ones)."""
-    bits = gl.load(at + 7, mask=there, other=0) >> cid
+def spared(line, cid: gl.constexpr):
+    """What an item spares this consumer's rows: (1 if they reach nothing of its first tile, 1 if they need no mask in the last of the
+    masked ones)."""
+    bits = number(line, 7) >> cid
     return bits & 1, (bits >> 8) & 1
 
 
 @gluon.jit
-def first_scores(q, k, cid: gl.constexpr, qf, kf, ke, idx, ph, zero, r, order, rounds, more, NQ: gl.constexpr):
+def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, more, NQ: gl.constexpr):
     """(item r's first Q Kᵀ, issued, its slot and phase) if there are `more` items; K of a first tile that is not wanted is given back."""
     NC: gl.constexpr = q[0].shape[0] // NQ
     NB: gl.constexpr = k[0].shape[0]
-    skip = spared(entry(r, order, rounds), cid, more)[0] > 0
+    mbarrier.wait(qf.index(r % NQ), (r // NQ) & 1, pred=more)
+    skip = more & (spared(line_of(dealt, r), cid)[0] > 0)
     mbarrier.wait(kf.index(idx), ph, pred=skip)
     mbarrier.arrive(ke.index(idx), count=1, pred=skip)
     nxt, nph = after(idx, ph, NB)
     idx = gl.where(skip, nxt, idx)
     ph = gl.where(skip, nph, ph)
-    mbarrier.wait(qf.index(r % NQ), (r // NQ) & 1, pred=more)
     mbarrier.wait(kf.index(idx), ph, pred=more)
     return scores(q, k, cid if NQ == 1 else cid + r % NQ * NC, idx, zero), idx, ph
 
 
 @gluon.jit
-def next_scores(q, k, cid: gl.constexpr, qf, kf, ke, idx, ph, zero, r, order, rounds, NQ: gl.constexpr):
+def next_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, NQ: gl.constexpr):
     """Whether there is an item after item r, and `first_scores` of it."""
-    more = r + 1 < gl.load(entry(r, order, rounds) + 6)
-    s, idx, ph = first_scores(q, k, cid, qf, kf, ke, idx, ph, zero, r + 1, order, rounds, more, NQ)
+    more = r + 1 < number(line_of(dealt, r), 6)
+    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, r + 1, more, NQ)
     return more, s, idx, ph
 
 
@@ -294,8 +309,8 @@ def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr):
 
 @gluon.jit
 def consumer(
-    cid: gl.constexpr, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
-    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, LAZY: gl.constexpr
+    cid: gl.constexpr, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
+    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -308,22 +323,19 @@ def consumer(
     zero = gl.zeros([64, BN], gl.float32, layout=s_l)
     r = 0
     more = gl.load(entry(0, order, rounds) + 6) > 0
-    s, idx, ph = first_scores(q, k, cid, qf, kf, ke, 0, 0, zero, 0, order, rounds, more, NQ)
+    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ)
     s = warpgroup_mma_wait(0, deps=[s])
     while more:
         # the first tile: its Q Kᵀ is done, no PV to go with it
         mbarrier.arrive(ke.index(idx), count=1)
-        at = entry(r, order, rounds)
-        start = gl.load(at + 2) + cid * 64
-        n_seg = gl.load(at + 5)
-        skipped, plain = spared(at, cid, more)
+        line = line_of(dealt, r)
+        skipped, plain = spared(line, cid)
         pidx, pph = before(idx, ph, NB)
         mbarrier.wait(vf.index(pidx), pph, pred=skipped > 0)
         mbarrier.arrive(ve.index(pidx), count=1, pred=skipped > 0)
-        first, low, high, left, inner, total = bounds(at + 8, start + lines(r_l))
+        first, low, high, left, inner, total = bounds(line, number(line, 2) + cid * 64 + lines(r_l))
         if total - inner - plain > skipped:
-            cols = first + from_right(skipped, left, inner, total - inner) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
-            s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
+            s = kept(s, first + from_right(skipped, left, inner, total - inner) * BN, low, high)
         m = gl.max(s, 1) * qs
         x = weights(s, qs, gl.where(m == float("-inf"), 0.0, m))
         l = gl.sum(x, 1)
@@ -338,30 +350,33 @@ def consumer(
                 tma.store_wait(0)  # the last item's way out, which has had a tile's time
             mbarrier.arrive(qe.index((r + 1) % NQ), count=1, pred=r > 0)
 
-        for n in range(n_seg):
-            at = entry(again(r), order, rounds)
-            stop = gl.load(at + 3)
-            skipped, plain = spared(at, cid, more)
+        for n in range(number(line_of(dealt, r), 5)):
+            item = line_of(dealt, r)
+            rows_from = number(item, 2) + cid * 64
+            skipped, plain = spared(item, cid)
             done = gl.where(n == 0, 1 + skipped, 0)  # not carried: a constant assigned in a loop is lost in Triton's inliner
-            at = gl.where(n == 0, at + 8, segments + 8 * (gl.load(at + 4) + n))
-            first, low, high, left, inner, total = bounds(at, start + lines(r_l))
+            first, low, high, left, inner, total = bounds(segment(item, segments, n), rows_from + lines(r_l))
             masked = total - inner - gl.where(n == 0, plain, 0)
-            idle = gl.where(start < stop, 0, total - done)  # a block's last rows need not be as many as a consumer's
+            idle = gl.where(rows_from < number(item, 3), 0, total - done)  # a block's last rows need not be as many as a consumer's
             for _ in range(idle):
                 idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB)
             done += idle
             for i in range(done, masked):
+                if HAS_ACC:  # registers: looked up anew
+                    item = line_of(dealt, r)
+                    rows = number(item, 2) + cid * 64 + lines(r_l)
+                    first, low, high, left, inner, total = bounds(segment(item, segments, again(n)), rows)
                 n0 = first + from_right(i, left, inner, total - inner) * BN
-                m, l, acc, x, idx, ph = step(True, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
+                m, l, acc, x, idx, ph = step(True, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
             for _ in range(gl.maximum(masked, done), total):
-                m, l, acc, x, idx, ph = step(False, LAZY, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
+                m, l, acc, x, idx, ph = step(False, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
         if NQ == 1:
             mbarrier.arrive(qe.index(0), count=1)
         pidx, pph = before(idx, ph, NB)
         mbarrier.wait(vf.index(pidx), pph)
         acc = values(x, v, pidx, acc)
         if AHEAD and not HAS_ACC:  # registers: the earlier visits' rows come in too
-            more, ahead, idx, ph = next_scores(q, k, cid, qf, kf, ke, idx, ph, zero, again(r), order, rounds, NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ)
             acc = finished(acc, x, len(k))
         else:
             acc = finished(acc, x)
@@ -369,41 +384,41 @@ def consumer(
 
         heads_out = again(heads)
         t_out = again(t_q)
-        at = entry(again(r), order, rounds)
-        start = gl.load(at + 2) + cid * 64
-        stop = gl.load(at + 3)
-        bh = gl.load(at + 1)
+        line = line_of(dealt, r)
+        start = number(line, 2) + cid * 64
+        stop = number(line, 3)
+        bh = number(line, 1)
         b = bh // heads_out
         h = bh % heads_out
         rows = start + lines(r_l)
-        line = bh.to(gl.int64) * t_out
+        at = bh.to(gl.int64) * t_out
         if HAS_ACC:  # merge with the earlier visits' (out, lse), 2^x inside: both weights are over the new sum
-            old = gl.load(AM + line + rows, mask=rows < stop, other=float("-inf")) * LOG2E
+            old = gl.load(AM + at + rows, mask=rows < stop, other=float("-inf")) * LOG2E
             top = gl.maximum(m, old)
             shift = gl.where(top == float("-inf"), 0.0, top)
             new = gl.exp2(m - shift)
             old = gl.exp2(old - shift)
             l = l * new + old
             weight = gl.where(l > 0.0, 1.0 / l, 0.0)
-            gl.store(M + line + rows, gl.where(l > 0.0, (top + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
+            gl.store(M + at + rows, gl.where(l > 0.0, (top + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
             new = weight * new
             old = weight * old
         else:
             new = gl.where(l > 0.0, 1.0 / l, 0.0)
             old = new
-            gl.store(M + line + rows, gl.where(l > 0.0, (m + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
+            gl.store(M + at + rows, gl.where(l > 0.0, (m + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
         if start < stop:  # also: what follows is not computed before the first item, and spilled
             if desc_o is None:
                 leave(O, A, b, h, start, stop, heads_out, t_out, acc, new, old, v, DV, HAS_ACC)
             elif (start + 64 <= stop) | (stop == t_out):  # what lies past the last row of all, TMA leaves out
-                stage(scaled(acc, new), desc_o, desc_o2, q, cid + (again(r) % NQ) * NC, b, h, start)
+                stage(scaled(acc, new), desc_o, desc_o2, way, cid if NQ == 1 else cid + again(r) % NQ * NC, NQ == 1, b, h, start)
             else:
                 leave(O, A, b, h, start, stop, heads_out, t_out, acc, new, old, v, DV, HAS_ACC)
 
         if AHEAD and not HAS_ACC:
             s = warpgroup_mma_wait(0, deps=[ahead])
         else:
-            more, ahead, idx, ph = next_scores(q, k, cid, qf, kf, ke, idx, ph, zero, again(r), order, rounds, NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ)
             s = warpgroup_mma_wait(0, deps=[ahead])
         r = r + 1
     if desc_o is not None:
@@ -426,11 +441,11 @@ def fill(tiles, slot, desc, desc2, b, h, row, full):
 
 @gluon.jit
 def producer(
-    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, segments, order, rounds, heads, group,
-    NQ: gl.constexpr
+    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments, order, rounds, heads,
+    group, NQ: gl.constexpr
 ):  # fmt: skip
-    """The TMA warp: Q of an item, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box is
-    filled with zeros, and counts in full."""
+    """The TMA warp: an item's line and Q, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box
+    is filled with zeros, and counts in full."""
     NC: gl.constexpr = q[0].shape[0] // NQ
     NB: gl.constexpr = k[0].shape[0]
     BN: gl.constexpr = k[0].shape[1]
@@ -449,7 +464,8 @@ def producer(
         h = bh % heads
         hk = h // group
         mbarrier.wait(qe.index(r % NQ), ((r // NQ) & 1) ^ 1)
-        mbarrier.expect(qf.index(r % NQ), q_bytes)
+        mbarrier.expect(qf.index(r % NQ), q_bytes + 64)
+        tma_load(desc_order, [16 * (gl.program_id(0) * rounds + r)], qf.index(r % NQ), dealt.index(2 * (r % 2)))
         for c in gl.static_range(NC):
             fill(q, (r % NQ) * NC + c, desc_q, desc_q2, b, h, start + c * 64, qf.index(r % NQ))
         for n in range(n_seg):
@@ -489,17 +505,21 @@ def buffers(n: gl.constexpr, desc, desc2):
 
 @gluon.jit(do_not_specialize=["rounds", "heads", "group", "t_q"])
 def forward_kernel(
-    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, O, M, A, AM, segments, order, qs, rounds, heads, group, t_q,
-    NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
-    LAZY: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
+    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, desc_order, O, M, A, AM, segments, order, qs, rounds, heads, group,
+    t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
+    REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
-    [B, T, H, DV]; M, AM [B, H, T] natural log. desc_o, desc_o2: of O, in the boxes of q, or None: all of it by direct stores."""
+    [B, T, H, DV]; M, AM [B, H, T] natural log. desc_o, desc_o2: of O, or None: all of it by direct stores; with two buffers of Q in the
+    boxes of q, with one in boxes that are alike. desc_order: of order, as one vector, in boxes of 16."""
     q = buffers(NQ * NC, desc_q, desc_q2)
-    gl.static_assert(desc_o is None or (NQ == 2 and not HAS_ACC))
+    gl.static_assert(desc_o is None or not HAS_ACC)
     k = buffers(NB, desc_k, desc_k2)
     v = buffers(NB, desc_v, desc_v2)
+    way = buffers(NC, desc_o, None) if NQ == 1 and desc_o is not None else q
+    # of item r in 2 * (r % 2): TMA writes at multiples of 128 bytes. Item r + 2's comes once every consumer is done with item r
+    dealt = gl.allocate_shared_memory(gl.int32, [4, 16], desc_order.layout)
     bl: gl.constexpr = mbarrier.MBarrierLayout()
     qf = gl.allocate_shared_memory(gl.int64, [NQ, 1], bl)
     qe = gl.allocate_shared_memory(gl.int64, [NQ, 1], bl)
@@ -519,12 +539,12 @@ def forward_kernel(
     if NC == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
-                (consumer, (1, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
-                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, segments, order,
-                 rounds, heads, group, NQ)),
+                (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
+                 order, rounds, heads, group, NQ)),
             ],
             [4, 1],
             [REGS, REGS_P],
@@ -532,14 +552,14 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
-                (consumer, (1, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
-                (consumer, (2, desc_o, desc_o2, q, k, v, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads,
-                 t_q, NQ, DV, HAS_ACC, AHEAD, LAZY)),
-                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, q, k, v, qf, qe, kf, ke, vf, ve, segments, order,
-                 rounds, heads, group, NQ)),
+                (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                (consumer, (2, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
+                 order, rounds, heads, group, NQ)),
             ],
             [4, 4, 1],
             [REGS, REGS, REGS_P],

@@ -153,10 +153,19 @@ def _fresh(x: _Inputs, dtype: torch.dtype, zeros: bool) -> tuple[Tensor, Tensor]
     return dk, dv
 
 
+def scratch(config: BackwardConfig, lines: int, tokens: int, head_dim: int, alone: bool) -> int:
+    """As `Counted.scratch`: the statistics, and where dq is added up in one pass, the fp32 of which the result is a cast."""
+    return 4 * lines * (2 * _padded(tokens) + tokens * head_dim * (alone and config.one_pass is not None))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // 4) * 4
+
+
 def _stats(lse: Tensor, delta: Tensor, fold: float) -> tuple[Tensor, Tensor]:
     """-lse in base 2 and -delta * fold, [B * H, T] with lines padded to 16 bytes: TMA reads nothing that starts elsewhere."""
     B, H, T = lse.shape
-    pad = -(-T // 4) * 4
+    pad = _padded(T)
     assert B * H * pad < 1 << 31, "the kernels read the lines as one vector, with 32-bit coordinates"
     nlse, ndelta = (torch.empty((B * H, pad), dtype=torch.float32, device=lse.device) for _ in range(2))
     launch(stats_kernel, (B * H, -(-pad // 1024)), lse.contiguous(), delta.contiguous(), nlse, ndelta, fold, T, pad, 1024)

@@ -18,7 +18,7 @@ from distflash.kernels.hopper.configs import BackwardConfig, ForwardConfig, fit
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.schedule import schedule
 from distflash.kernels.hopper.stats import delta_kernel
-from distflash.kernels.hopper.tma import descriptors, heads_at_once, launch, legal, sms, stageable
+from distflash.kernels.hopper.tma import descriptors, heads_at_once, launch, legal, sms, stageable, vector
 from distflash.tile import Tiles
 
 _LOG2E = 1.4426950408889634
@@ -75,14 +75,15 @@ class HopperKernel:
         q, k, v = (legal(t) for t in (q, k, v))
         programs = min(items, sms(q.device)) if config.persistent else items
         order = work.order(B * H, heads_at_once(B * H, 2 * tiles.kv_len * (D + Dv) * Hk // H), programs)
-        staged = config.staged and acc is None and out.dtype == q.dtype and stageable(sides, (D, Dv))
+        staged = config.staged and acc is None and out.dtype == q.dtype and stageable(sides, (D, Dv), config.q_stages == 1)
         launch(
             forward_kernel, (programs,),
             *descriptors(q, Tq, 64, sides[0]), *descriptors(k, work.reach, config.block_n, sides[0]),
             *descriptors(v, work.reach, config.block_n, sides[1]), *(descriptors(out, Tq, 64, sides[1]) if staged else (None, None)),
+            vector(order, 16),
             out, lse, lse if acc is None else acc.out.contiguous(), lse, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
-            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead, config.lazy,
+            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead,
             *config.regs, num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)
@@ -120,6 +121,12 @@ class HopperKernel:
         return gradients.backward(
             self._backward[sides], sides, dout, q, k, v, lse, delta, tiles, scale, dq=dq, dq_dtype=dq_dtype, dkv_dtype=dkv_dtype
         )  # fmt: skip
+
+    def scratch(self, problem: Problem, lines: int, tokens: int, alone: bool) -> int:
+        """As `Counted.scratch`."""
+        sides = fit(self._backward, problem.head_dim, problem.v_head_dim)
+        assert sides, "supports() refuses head dims that no configuration holds"
+        return gradients.scratch(self._backward[sides], lines, tokens, problem.head_dim, alone)
 
 
 def _outputs(

@@ -6,22 +6,24 @@ Legend: B batch, T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.language import bfloat16, float16, float32
+from triton.experimental.gluon.language import bfloat16, float16, float32, int32
 
 from distflash.kernels.box import heads_first, readable
 from distflash.kernels.hopper.compat import NVMMASharedLayout, TensorDescriptor
 
-_DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
+_DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32, torch.int32: int32}
+_LAUNCHING = threading.Lock()  # ranks that are threads would each compile a kernel that is not there yet
 _L2_BYTES = 28 << 20  # of the heads that are worked on at once; H100's L2 is 50 MB
 
 
 def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
     """On the device of the first argument, which need not be the current one."""
-    with torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
+    with _LAUNCHING, torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
         kernel[grid](first, *args, **options)
 
 
@@ -53,10 +55,11 @@ def descriptors(t: Tensor, length: int, rows: int, side: int) -> tuple[TensorDes
     return descriptor(t, length, rows, first), descriptor(t, length, rows, second) if second else None
 
 
-def stageable(sides: tuple[int, int], head_dims: tuple[int, int]) -> bool:
-    """Whether TMA can write out from q's boxes: of the same columns, lines a multiple of 16 bytes of 16-bit elements."""
-    first, second = (parts(side, n) for side, n in zip(sides, head_dims, strict=True))
-    return first == second and head_dims[1] % 8 == 0
+def stageable(sides: tuple[int, int], head_dims: tuple[int, int], own: bool) -> bool:
+    """Whether TMA can write out: from q's boxes, of the same columns, or from its own one, part by part; lines a multiple of 16 bytes of
+    16-bit elements."""
+    q, out = (parts(side, n) for side, n in zip(sides, head_dims, strict=True))
+    return (out[1] in (0, out[0]) if own else q == out) and head_dims[1] % 8 == 0
 
 
 def vector(t: Tensor, width: int) -> TensorDescriptor:
