@@ -71,9 +71,10 @@ def keep_mask(
 def _keep_slices(q_len: int, k_len: int, mask: Slices) -> Tensor:
     """By the words of `distflash.Slice`'s docstring."""
     keep = torch.zeros(q_len, k_len, dtype=torch.bool)
-    i, j = torch.arange(q_len)[:, None], torch.arange(k_len)
     for s in mask.slices:
-        inside = (i >= s.q[0]) & (i < s.q[1]) & (j >= s.k[0]) & (j < s.k[1])
+        rows, columns = slice(*s.q), slice(*s.k)
+        i, j = torch.arange(q_len)[rows, None], torch.arange(k_len)[columns]
+        inside = torch.ones_like(keep[rows, columns])
         if s.kind == "causal":
             inside &= s.k[1] - j >= s.q[1] - i
         if s.kind == "inverse-causal":
@@ -82,7 +83,7 @@ def _keep_slices(q_len: int, k_len: int, mask: Slices) -> Tensor:
             inside &= j - i >= -s.window_size[0]
         if s.kind == "band" and s.window_size[1] >= 0:
             inside &= j - i <= s.window_size[1]
-        keep |= inside
+        keep[rows, columns] |= inside
     return keep
 
 
@@ -128,7 +129,7 @@ def dense(
     s = s.masked_fill(~keep, float("-inf"))
     weight = torch.ones((), dtype=s.dtype, device=s.device)
     if variants.dropout_p:
-        weight = dropout_weights(variants.seed, variants.dropout_p, batch, heads, aligned, k_len).to(s)
+        weight = dropout_weights(variants.seed, variants.dropout_p, batch, heads, aligned.to(s.device), k_len).to(s.dtype)
     if sinks is not None:
         column = sinks[:, None, None].expand(*s.shape[:3], 1)
         s = torch.cat([s, column], dim=-1)
@@ -147,19 +148,23 @@ def _aligned(q_len: int, k_len: int, cu_seqlens: tuple[Sequence[int], Sequence[i
 
 
 def dropout_weights(seed: int, p: float, batch: int, heads: int, queries: Tensor, k_len: int) -> Tensor:
-    """0 or 1 / (1 - p) for each probability, fp64 [B, H, Sq, Sk]: Philox 4x32-10 (Salmon et al., SC 2011) in numpy's unsigned integers.
+    """0 or 1 / (1 - p) for each probability, fp64 [B, H, Sq, Sk] where `queries` are: Philox (Salmon et al., SC 2011) in numpy.
 
-    Word 0 of the counter (query, key, head, batch) under the key `seed` is compared with p * 2^32.
+    Word 0 of 2x32-7 of the counter (query, key) is compared with p * 2^32. Its key is that of 4x32-10 of (head, batch, 0, 0) under `seed`.
     """
-    grid = np.ix_(np.arange(batch), np.arange(heads), queries.numpy().astype(np.uint32), np.arange(k_len))
-    b, h, i, j = (x.astype(np.uint64) for x in np.broadcast_arrays(*grid))
-    counter, key, low = [i, j, h, b], [seed & 0xFFFFFFFF, seed >> 32], np.uint64(0xFFFFFFFF)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    element, head = np.meshgrid(np.arange(batch, dtype=np.uint64), np.arange(heads, dtype=np.uint64), indexing="ij")
+    c, k = [head, element, 0 * head, 0 * head], [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
-        first, second = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
-        high = first >> np.uint64(32), second >> np.uint64(32)
-        counter = [high[1] ^ counter[1] ^ np.uint64(key[0]), second & low, high[0] ^ counter[3] ^ np.uint64(key[1]), first & low]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return torch.from_numpy((counter[0] >= np.uint64(round(p * 2**32))) / (1 - p))
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [second >> shift ^ c[1] ^ np.uint64(k[0]), second & low, first >> shift ^ c[3] ^ np.uint64(k[1]), first & low]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    key, mask = torch.from_numpy(c[0].astype(np.int64)).to(queries.device)[:, :, None, None], 0xFFFFFFFF
+    i, j = queries.long()[:, None] & mask, torch.arange(k_len, device=queries.device)
+    for _ in range(7):  # on the device, in int64: a product wraps, and its bits are those of the unsigned one
+        product = i * 0xD256D193
+        i, j, key = (product >> 32) & mask ^ key ^ j, product & mask, (key + 0x9E3779B9) & mask
+    return (i >= round(p * 2**32)).double() / (1 - p)
 
 
 def oracle(

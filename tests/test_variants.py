@@ -206,11 +206,18 @@ def test_the_same_probabilities_are_dropped_on_any_number_of_ranks_in_any_layout
 
 
 def test_philox_gives_the_published_words():
-    """Known answers of Random123 (kat_vectors: philox4x32, 10 rounds)."""
-    ones = (1 << 32) - 1
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0xA4093822 | 0x299F31D0 << 32
-    for counter, key, word in (((0,) * 4, 0, 0x6627E8D5), ((ones,) * 4, ones | ones << 32, 0x408F276D), (*pi, 0xD16CFE09)):
-        assert philox(key, *map(torch.tensor, counter)).item() == word
+    """Known answers of Random123 (kat_vectors): all bits 0, all 1, and those of pi."""
+    ones, pi = [(1 << 32) - 1] * 6, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
+    known = {
+        (2, 7): (0x257A3673, 0xAB302C4D, 0xBEDBBE6B),
+        (2, 10): (0xFF1DAE59, 0x2C3F628B, 0xDD7CE038),
+        (4, 10): (0x6627E8D5, 0x408F276D, 0xD16CFE09),
+    }
+    for (size, rounds), published in known.items():
+        for words, word in zip(([0] * 6, ones, pi), published, strict=True):
+            counter, key = words[:size], words[size : size + size // 2]
+            assert philox(rounds, key, [torch.tensor(c) for c in counter]).item() == word
+            assert philox(rounds, [torch.tensor(k) for k in key], counter).item() == word
 
 
 def test_as_many_are_dropped_as_asked_for_and_none_look_alike():

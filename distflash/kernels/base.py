@@ -6,7 +6,7 @@ Legend: B batch, Tq / Tk local queries / keys, H query heads, Hk key/value heads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,7 +36,11 @@ class Problem:
 
 
 class Dropout(NamedTuple):
-    """Which probabilities become 0, the others times 1 / (1 - p): those whose `kernels.scores.philox` word is below p * 2^32."""
+    """Which probabilities become 0, the others times 1 / (1 - p): those whose Philox 2x32-7 word is below p * 2^32.
+
+    Its counter is (query, key), by their positions; its key, a head's own, is word 0 of Philox 4x32-10 under `seed`, of the counter
+    (head, batch, 0, 0). So two heads of a call drop alike with a probability of 2^-32. `kernels.scores` has both.
+    """
 
     p: float
     seed: int  # 0 <= seed < 2^63
@@ -119,5 +123,17 @@ class Kernel(Protocol):
         `dq` is the running gradient (acc_dtype) of earlier visits, added to and possibly overwritten. Returns dq in
         `dq_dtype` and dk, dv in `dkv_dtype` (None: acc_dtype), each of the shape of its tensor, contiguous, every element
         written: what no tile touches is 0 (dq: what came in). Rows with lse = -inf contribute 0.
+        """
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A kernel that says what memory it takes for itself: any may, none must."""
+
+    def scratch(self, problem: Problem, lines: int, tokens: int, alone: bool) -> int:
+        """Bytes that a visit of a backward takes beside its arguments and results: of `lines` = B * H lines of Tq = `tokens` queries.
+
+        alone: dq starts and ends in this visit. Copies of tensors that a kernel cannot read as they are come on top.
         """
         ...

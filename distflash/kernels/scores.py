@@ -5,13 +5,15 @@ Legend: B batch, H query heads, R x C a block of queries x keys. `rows` and `col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from distflash.kernels.base import Dropout, Scores
 
 _WORD = 0xFFFFFFFF
-_MULTIPLIERS, _KEY_STEPS, _ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
+_MULTIPLIERS, _KEY_STEPS = {2: (0xD256D193,), 4: (0xD2511F53, 0xCD9E8D57)}, (0x9E3779B9, 0xBB67AE85)
 
 
 def shaped(s: Tensor, scores: Scores, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
@@ -30,16 +32,12 @@ def weights(s: Tensor, scores: Scores, rows: slice, columns: slice) -> Tensor | 
     """What dropout multiplies probabilities [B, H, R, C] with, 0 or 1 / (1 - p), in the dtype of s; None without dropout."""
     if scores.dropout is None:
         return None
-    batch, heads = s.shape[:2]
-    first = scores.dropout.head
-    word = philox(
-        scores.dropout.seed,
-        scores.q_positions[rows, None],
-        scores.k_positions[columns],
-        torch.arange(first, first + heads, device=s.device)[:, None, None],
-        torch.arange(batch, device=s.device)[:, None, None, None],
-    )
-    return (word >= threshold(scores.dropout)).to(s.dtype) / (1 - scores.dropout.p)
+    dropout, (batch, heads) = scores.dropout, s.shape[:2]
+    head = torch.arange(dropout.head, dropout.head + heads, device=s.device)
+    element = torch.arange(batch, device=s.device)[:, None]
+    key = philox(10, (dropout.seed & _WORD, dropout.seed >> 32), (head, element, 0, 0))  # [B, H]
+    word = philox(7, (key[:, :, None, None],), (scores.q_positions[rows, None], scores.k_positions[columns]))
+    return (word >= threshold(dropout)).to(s.dtype) / (1 - dropout.p)
 
 
 def threshold(dropout: Dropout) -> int:
@@ -47,12 +45,11 @@ def threshold(dropout: Dropout) -> int:
     return round(dropout.p * (_WORD + 1))
 
 
-def philox(seed: int, *counter: Tensor) -> Tensor:
-    """Word 0 of Philox 4x32-10 (Salmon et al., SC 2011) as int64, for a 64-bit key and a counter of four integer tensors."""
-    c0, c1, c2, c3 = (c.to(torch.int64) & _WORD for c in torch.broadcast_tensors(*counter))
-    k0, k1 = seed & _WORD, seed >> 32
-    for _ in range(_ROUNDS):
-        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 64 bits each; int64 wraps, and the bits are those of uint64
-        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0
+def philox(rounds: int, key: Sequence[Tensor | int], counter: Sequence[Tensor | int]) -> Tensor:
+    """Word 0, int64, of Philox 2x32 or 4x32 (Salmon et al., SC 2011): 2 or 4 words of a counter, half as many of a key, broadcast."""
+    words = [torch.as_tensor(word, dtype=torch.int64) & _WORD for word in counter]
+    for n in range(rounds):
+        products = [even * factor for even, factor in zip(words[::2], _MULTIPLIERS[len(words)], strict=True)]  # int64 wraps: uint64's bits
+        parts = zip(reversed(products), words[1::2], key, _KEY_STEPS[: len(key)], strict=True)
+        words = [word for p, odd, k, step in parts for word in ((p >> 32 & _WORD) ^ odd ^ (k + n * step & _WORD), p & _WORD)]
+    return words[0]

@@ -53,7 +53,7 @@ def _dkv_range(
         log_sum, delta = load_pairs(stats, column, end, COLUMNS, MASKED)
         score = tl.dot(keys, q_tile.T, input_precision="ieee")  # [ROWS, COLUMNS]
         if ASKED:
-            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED, MASKED)
             p = tl.exp2(score - log_sum[None, :])
         else:
             p = tl.exp2(score * scale2 - log_sum[None, :])
@@ -61,9 +61,9 @@ def _dkv_range(
             p = tl.where(kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO), p, 0.0)
         do = load_step(dout_box, dout, dout_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
         if ASKED:
-            dv = tl.dot(dropped(p, here, at, True, ASKED).to(do.dtype), do, dv, input_precision="ieee")
-            dp = dropped(tl.dot(values, do.T, input_precision="ieee"), here, at, True, ASKED)
-            ds = p * (dp - delta[None, :]) * derivative
+            kept_p = dropped(p, here, at, True, ASKED)
+            dv = tl.dot(kept_p.to(do.dtype), do, dv, input_precision="ieee")
+            ds = (kept_p * tl.dot(values, do.T, input_precision="ieee") - p * delta[None, :]) * derivative
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(values, do.T, input_precision="ieee")  # [ROWS, COLUMNS]
@@ -138,7 +138,7 @@ def _dq_range(
         keys = load_step(k_box, k, k_t, batch, head, column, end, D, COLUMNS, PAD, WIDE, MASKED, BOXES)  # [COLUMNS, PAD]
         score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS]
         if ASKED:
-            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            score, derivative, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED, MASKED)
             p = tl.exp2(score - log_sum[:, None])
         else:
             p = tl.exp2(score * scale2 - log_sum[:, None])

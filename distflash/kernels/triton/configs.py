@@ -62,10 +62,22 @@ _FP32 = {  # exact fp32 dots run on the FMA units, operands in registers
     "dkv": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1)),
     "dq": (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 8, 1)),
 }
-_ASKED = {  # with softcap, ALiBi or dropout, which take registers: few scores a thread; fits every NVIDIA family
+# with softcap, ALiBi or dropout, which take instructions and registers a score. Each warp of a dot whose result goes into another has
+# 16 rows to itself, on sm_80 and sm_90: with more warps than rows / 16 some would compute the same scores
+_ASKED_HOPPER = {
+    "forward": (Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 1)),
+    "dkv": (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 1)),
+}
+_ASKED_BLACKWELL = {
     "forward": (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
     "dkv": (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
     "dq": (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
+}
+_ASKED_AMPERE = {
+    "forward": (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1)),
+    "dkv": (Config(64, 32, 4, 2), Config(128, 16, 8, 2), Config(32, 32, 4, 1)),
+    "dq": (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
 }
 _ASKED_CDNA = {
     "forward": (Config(128, 32, 4, 1), Config(128, 32, 4, 1), Config(64, 32, 4, 1)),
@@ -78,6 +90,7 @@ _SMALL = {
     "dq": (Config(64, 64, 4, 1, WHOLE),) * 3,
 }
 FAMILIES = {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm80": _AMPERE, "gfx9": _CDNA, "interpreter": _SMALL}
+_ASKED = {"sm90": _ASKED_HOPPER, "sm100": _ASKED_BLACKWELL, "sm80": _ASKED_AMPERE, "gfx9": _ASKED_CDNA, "interpreter": _SMALL}
 
 
 @cache
@@ -93,11 +106,9 @@ def family(device: torch.device) -> str:
 @cache
 def config(pass_: str, arch: str, itemsize: int, width: int, plain: bool = True) -> Config:
     """The configuration of a pass for a padded head of `width`; not `plain`: with softcap, ALiBi or dropout."""
-    table = FAMILIES[arch]
+    table = (FAMILIES if plain else _ASKED)[arch]
     if arch != "interpreter" and itemsize == 4:
         table = _FP32
-    elif arch != "interpreter" and not plain:
-        table = _ASKED_CDNA if arch == "gfx9" else _ASKED
     return table[pass_][next(n for n, limit in enumerate(_WIDTHS) if width <= limit)]
 
 

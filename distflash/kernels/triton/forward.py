@@ -44,7 +44,7 @@ def _attend(
         score = tl.dot(q, keys.T, input_precision="ieee")  # [ROWS, COLUMNS] fp32
         keep = kept(rows, column + tl.arange(0, COLUMNS), end, lo, hi, HAS_LO) if MASKED else 0
         if ASKED:
-            score, _, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED)
+            score, _, at = shaped(score, scale2, here, column, end, COLUMNS, ASKED, MASKED)
             p, shrink, peak, total = _softmax(score, peak, total, keep, 1.0, MASKED)
             p = dropped(p, here, at, False, ASKED)  # after the sum: lse is of what was there before
         else:

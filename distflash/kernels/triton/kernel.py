@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ from distflash.tile import Tiles
 INTERPRETED = not isinstance(forward_kernel, JITFunction)  # Triton chose when the kernels were decorated
 _LOG2E = math.log2(math.e)
 _DELTA_ROWS = 32
+_LAUNCHING = threading.Lock()  # of ranks that are threads, one compiles a kernel and the others find it: Triton would let each compile
 
 
 class TritonKernel:
@@ -125,6 +127,10 @@ class TritonKernel:
                 self._dq(dout, q, k, v, stats, tiles, scale, scores, dq, carried, stays)
         return dq, dk, dv
 
+    def scratch(self, problem: Problem, lines: int, tokens: int, alone: bool) -> int:
+        """As `Counted.scratch`: the statistics."""
+        return 8 * lines * tokens
+
     def _stats(self, lse: Tensor, delta: Tensor) -> Tensor:
         """(lse in base 2, delta) as [B, H, Tq, 2]."""
         stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
@@ -172,7 +178,7 @@ class TritonKernel:
         """Launch on the tensor's own device, which need not be the current one."""
         if programs == 0:
             return
-        with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        with _LAUNCHING, torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 

@@ -32,25 +32,33 @@ def looked_up(asked, seed, threshold, first_head, heads, batch, head, first, end
     """`here` of rows first..end of one head."""
     here = None
     if ASKED:
-        at = _positions(asked.rows, first, end, ROWS)
+        at = _positions(asked.rows, first, end, ROWS, True)
         slope = 0.0
         if ALIBI & ASKED:
             slope = tl.load(asked.slopes + batch * heads + head) * 1.4426950408889634
-        here = (asked, at, slope, seed, threshold, first_head + head, batch)
+        key, limit = 0, 0
+        if DROPOUT & ASKED:
+            key, _, _, _ = tl.philox(seed, first_head + head, batch, 0, 0)  # of the head: its 10 rounds are of scalars
+            limit = threshold.to(tl.uint32)
+        here = (asked, at, slope, key, limit)
     return here
 
 
 @triton.jit
-def _positions(positions, first, end, N: tl.constexpr):
-    at = first + tl.arange(0, N)
-    return tl.load(positions + at, mask=at < end, other=0)
+def _positions(positions, first, end, N: tl.constexpr, CHECK: tl.constexpr):
+    at = tl.arange(0, N)
+    if CHECK:
+        found = tl.load(positions + first + at, mask=first + at < end, other=0)
+    else:
+        found = tl.load(positions + first + at)
+    return found
 
 
 @triton.jit
-def shaped(score, scale2, here, column, end, COLUMNS: tl.constexpr, ASKED: tl.constexpr):
+def shaped(score, scale2, here, column, end, COLUMNS: tl.constexpr, ASKED: tl.constexpr, CHECK: tl.constexpr):
     """Of q·k: (what the softmax is taken of, in base 2; its derivative by scale2 * q·k; positions of columns column..end)."""
-    asked, rows_at, slope, _, _, _, _ = here
-    at = _positions(asked.columns, column, end, COLUMNS)
+    asked, rows_at, slope, _, _ = here
+    at = _positions(asked.columns, column, end, COLUMNS, CHECK)
     derivative = 1.0
     if SOFTCAP & ASKED:
         ratio = score * asked.inner
@@ -71,13 +79,27 @@ def shaped(score, scale2, here, column, end, COLUMNS: tl.constexpr, ASKED: tl.co
 
 @triton.jit
 def dropped(p, here, at, KEYS_FIRST: tl.constexpr, ASKED: tl.constexpr):
-    """p, 0 where Philox 4x32-10 says so and `lift` times as large elsewhere. KEYS_FIRST: rows are keys."""
-    asked, rows_at, _, seed, threshold, head, batch = here
+    """p, 0 where Philox 2x32-7 says so and `lift` times as large elsewhere. KEYS_FIRST: rows are keys."""
+    asked, rows_at, _, key, limit = here
     if DROPOUT & ASKED:
-        rows, columns = tl.broadcast(rows_at[:, None], at[None, :])
-        query, key = rows, columns
         if KEYS_FIRST:
-            query, key = columns, rows
-        word, _, _, _ = tl.philox(seed, query, key, query * 0 + head, query * 0 + batch)
-        p = tl.where(word >= threshold.to(tl.uint32), p * asked.lift, 0.0)
+            word = philox_2x32(at[None, :], rows_at[:, None], key, 7)
+        else:
+            word = philox_2x32(rows_at[:, None], at[None, :], key, 7)
+        p = tl.where(word >= limit, p, 0.0) * asked.lift
     return p
+
+
+@triton.jit
+def philox_2x32(first, second, key, ROUNDS: tl.constexpr):
+    """Word 0, uint32, of the counters (first, second), broadcast, under a scalar key; `kernels.scores.philox` says of what.
+
+    Round 1 multiplies `first` before it meets `second`: its product is of a row or a column. All others take a multiplication to 64 bits
+    and an exclusive or of three words a score; a key as wide as the tile would take an addition more.
+    """
+    first, second = first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(ROUNDS):
+        product = first.to(tl.uint64) * 0xD256D193
+        first, second = (product >> 32).to(tl.uint32) ^ key ^ second, product.to(tl.uint32)
+        key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
+    return first
