@@ -21,7 +21,7 @@ from distflash.parallel import handles
 from distflash.parallel.agreement import mask_words
 from distflash.parallel.autograd import CLOCK, Scheme, Variants, needs_gradients
 from distflash.parallel.documents import borders
-from distflash.parallel.mask import AnyMask, packed
+from distflash.parallel.mask import AnyMask, packed, unseen
 from distflash.parallel.messages import Messages
 from distflash.parallel.plan import alone
 from distflash.parallel.positions import aligned
@@ -136,5 +136,6 @@ def _one_device(
     cu_q: tuple[int, ...], cu_k: tuple[int, ...], mask: AnyMask, kernel: Kernel, scale: float, variants: tuple[float, float] | None
 ) -> Scheme:
     asked = None if variants is None else Variants(*variants, aligned(cu_q, cu_k))
-    visits = alone(packed(cu_q, cu_k, mask))
-    return Scheme(visits, visits, _ALONE, None, kernel, scale, asked)
+    tiles = packed(cu_q, cu_k, mask)
+    visits = alone(tiles)
+    return Scheme(visits, visits, _ALONE, None, kernel, scale, asked, unseen([tiles]))

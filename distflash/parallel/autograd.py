@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from distflash.kernels.base import Dropout, Kernel, Scores, accumulator
+from distflash.kernels.base import Dropout, Kernel, Partial, Scores, accumulator
 from distflash.parallel import handles, ring
+from distflash.parallel.all_to_all import around
 from distflash.parallel.plan import Visit
 from distflash.parallel.positions import Positions
 from distflash.parallel.ulysses import Ulysses
@@ -53,6 +55,7 @@ class Scheme:
     kernel: Kernel
     scale: float
     variants: Variants | None = None
+    unseen: tuple[range, ...] = ()  # local keys that no query of any rank sees
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,16 +73,39 @@ class Scheme:
         """`Ulysses.gathered`, None without one."""
         return None if self.ulysses is None else self.ulysses.gathered
 
-    def asked(self, device: torch.device, slopes: Tensor | None, seed: Tensor | None) -> ring.Asked | None:
-        """What a kernel is asked for, by the visit: None if there are no variants. Ulysses: of this rank's heads."""
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Local keys and values, 0 where nobody sees them: there may be anything, NaN too, and kernels read whole tiles."""
+        if not self.unseen:
+            return k, v
+        return k.index_fill(1, (at := _indices(self.unseen, k.device)), 0), v.index_fill(1, at, 0)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, group: int = 0) -> Partial:
+        """Attention of this rank's tokens and heads, all that are here; of a group of them, in Ulysses."""
+        return ring.forward(self.visits, self.carrier, self.kernel, q, k, v, self.scale, self.asked(q.device, slopes, seed, group))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, slopes: Tensor | None, seed: Tensor | None,
+        dkv_dtype: torch.dtype, group: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Its dq, dk, dv."""
+        asked = self.asked(q.device, slopes, seed, group)
+        return ring.backward(self.back, self.carrier, self.kernel, dout, q, k, v, lse, delta, self.scale, asked, dkv_dtype=dkv_dtype)
+
+    def asked(self, device: torch.device, slopes: Tensor | None, seed: Tensor | None, group: int = 0) -> ring.Asked | None:
+        """What a kernel is asked for, by the visit: None if there are no variants. Ulysses: of this rank's heads, those of the group."""
         if (variants := self.variants) is None:
             return None
-        mine = None if self.ulysses is None else self.ulysses.heads[self.ulysses.wire.rank]
+        mine = None if self.ulysses is None else self.ulysses.mine(group)
         if slopes is not None:
             slopes = slopes.contiguous() if mine is None else slopes[:, mine.start : mine.stop].contiguous()
         dropout = None if seed is None else Dropout(variants.dropout_p, int(seed), 0 if mine is None else mine.start)
         positions = variants.positions
         return lambda visit: Scores(positions.queries(device), positions.keys(visit.parts, device), variants.softcap, slopes, dropout)
+
+
+@lru_cache(maxsize=64)
+def _indices(parts: tuple[range, ...], device: torch.device) -> Tensor:
+    return torch.tensor([n for part in parts for n in part], device=device)
 
 
 class _Ticket(ctypes.c_int64):
@@ -111,20 +137,27 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, gathered: list[int] | None, slopes: Tensor | None, seed: Tensor | None,
     trace: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """(out, lse, what the backward needs and the inputs do not hold: q, k, v and lse after the all-to-all of Ulysses).
+    """(out, lse, what the backward needs and the inputs do not hold: q, k, v [B * Tg * h, ...] and lse [B * h, Tg] after the all-to-all of
+    Ulysses, a group of heads behind the other).
 
     `gathered` is `Scheme.gathered`: the sizes of these, for who knows tensors by their shapes only. `trace` is None
     in eager mode.
     """
     scheme = scheme_of(ticket)
-    asked = scheme.asked(q.device, slopes, seed)
+    k, v = scheme.seen(k, v)
     if (ulysses := scheme.ulysses) is None:
-        out, lse = ring.forward(scheme.visits, scheme.carrier, scheme.kernel, q, k, v, scheme.scale, asked)
+        out, lse = scheme.forward(q, k, v, slopes, seed)
         return out.contiguous(), lse.contiguous(), []  # as the fake ones below; most kernels' are
-    q, k, v = ulysses.to_heads((q, k, v), (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))
-    out, lse = ring.forward(scheme.visits, scheme.carrier, scheme.kernel, q, k, v, scheme.scale, asked)
-    mine = ulysses.to_tokens((out, lse.transpose(1, 2)), (ulysses.heads, ulysses.heads))
-    return mine[0], mine[1].transpose(1, 2).contiguous(), [q, k, v, lse]
+    lses = []
+
+    def attend(group: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = scheme.forward(q, k, v, slopes, seed, group)
+        lses.append(lse)
+        return out, lse.transpose(1, 2)
+
+    rows, (out, lse) = around(ulysses, attend, (q, k, v), ulysses.of_qkv, ulysses.of_out)
+    lse_rows = lses[0] if len(lses) == 1 else torch.cat(lses)
+    return out, lse.transpose(1, 2).contiguous(), [*rows, lse_rows.flatten(0, 1)]
 
 
 @torch.library.custom_op("distflash::tick", mutates_args=("clock",))
@@ -151,16 +184,20 @@ def _backward(
     if dlse is not None:
         # d lse_i / d s_ij = p_ij: the gradient of lse joins dS = P * (dP - delta) with the opposite sign
         delta = delta - dlse
-    asked = scheme.asked(q.device, slopes, seed)
     if (ulysses := scheme.ulysses) is None:
-        grads = ring.backward(scheme.back, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta, scheme.scale, asked, dkv_dtype=k.dtype)
-        return *grads, _nothing()
-    dout, delta = ulysses.to_heads((dout, delta.transpose(1, 2)), (ulysses.heads, ulysses.heads))
-    grads = ring.backward(
-        scheme.back, scheme.carrier, scheme.kernel, dout, q, k, v, lse, delta.transpose(1, 2).contiguous(), scheme.scale, asked,
-        dkv_dtype=accumulator(k.dtype) if ulysses.shared else k.dtype,
-    )  # fmt: skip
-    dq, dk, dv = ulysses.to_tokens(grads, (ulysses.heads, ulysses.kv_heads, ulysses.kv_heads))
+        k, v = scheme.seen(k, v)
+        return *scheme.backward(dout, q, k, v, lse, delta, slopes, seed, k.dtype), _nothing()
+    (total, *heads), batch = ulysses.gathered, dout.shape[0]
+    h, hk = (n // ulysses.groups for n in heads)
+    qs, ks, vs = (ulysses.split(x, batch, total, n, x.shape[-1]) for x, n in ((q, h), (k, hk), (v, hk)))
+    lses = ulysses.split(lse, batch, h, total)
+    dkv_dtype = accumulator(k.dtype) if ulysses.shared else k.dtype
+
+    def attend(n: int, dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta = delta.transpose(1, 2).contiguous()
+        return scheme.backward(dout, qs[n], ks[n], vs[n], lses[n], delta, slopes, seed, dkv_dtype, n)
+
+    _, (dq, dk, dv) = around(ulysses, attend, (dout, delta.transpose(1, 2)), ulysses.of_out, ulysses.of_qkv)
     return dq, dk.to(k.dtype), dv.to(v.dtype), _nothing()
 
 
@@ -176,14 +213,14 @@ def _(q, k, v, ticket, gathered, slopes, seed, trace):
     if gathered is None:
         return out, lse, []
     total, mine, kv = gathered
-    shapes = ((mine, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3]))
-    return out, lse, [*(q.new_empty(batch, total, *s) for s in shapes), q.new_empty(batch, mine, total, dtype=acc)]
+    rows = ((mine, q.shape[3]), (kv, k.shape[3]), (kv, v.shape[3]))
+    return out, lse, [*(q.new_empty(batch * total * heads, dim) for heads, dim in rows), q.new_empty(batch * mine, total, dtype=acc)]
 
 
 @_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, ticket, kv_heads, slopes, seed, after):
     batch, tokens, heads, _ = out.shape
-    shapes = ((heads, q.shape[3]), (kv_heads, k.shape[3]), (kv_heads, v.shape[3]))
+    shapes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
     return *(q.new_empty(batch, tokens, *s) for s in shapes), _nothing()
 
 

@@ -18,7 +18,7 @@ from distflash.kernels.base import accumulator
 from distflash.parallel.messages import block_forms
 from distflash.parallel.plan import Visit
 from distflash.parallel.wire.base import room, unpack
-from distflash.parallel.wire.symmetric import Window, Windows
+from distflash.parallel.wire.symmetric import Window, Windows, between, copy
 
 
 class Direct:
@@ -123,8 +123,7 @@ class Gradients:
 
     def _of(self, owner: int, source: int) -> list[Tensor]:
         """Where the owner of a block gets what `source` has of its gradient."""
-        at = self.place * (source - (source > owner))
-        return unpack(self.window.of(owner)[at : at + self.place], block_forms(self.lengths[owner], *self.like, self.wide))
+        return unpack(between(self.window, owner, source, self.place), block_forms(self.lengths[owner], *self.like, self.wide))
 
     def _wait(self, left: int) -> None:
         while len(self.under_way) > left:
@@ -145,9 +144,3 @@ def add(parts: Sequence[Tensor], out: Tensor) -> None:
 def tokens(x: Tensor, which: range) -> Tensor:
     """Some tokens of [B, T, ...]."""
     return x[:, which.start : which.stop]
-
-
-def copy(source: Tensor, to: Tensor) -> None:
-    """Copy tokens of [B, T, ...], a sequence at a time: contiguous, as copy engines do it."""
-    for here, there in zip(source, to, strict=True):
-        there.copy_(here)

@@ -59,6 +59,15 @@ def tiles(q_spans: Sequence[range], kv_spans: Sequence[range], mask: AnyMask) ->
     return meet(cut(q_spans, mask.pieces), kv_spans, sum(map(len, q_spans)))
 
 
+def unseen(tables: Iterable[Tiles]) -> tuple[range, ...]:
+    """The keys of which none of these tables, all of the same keys, keeps any; by their storage index."""
+    tables, found, at = list(tables), [], 0
+    for start, stop in sorted({(tile.kv.start, tile.kv.stop) for table in tables for tile in table}):  # cropped: all of it is seen
+        found.append(range(at, start))
+        at = max(at, stop)
+    return tuple(part for part in (*found, range(at, tables[0].kv_len)) if part)
+
+
 class Run(NamedTuple):
     """Queries of one span that lie in one piece: `span` is number `n` of those given, and starts at storage index `at`."""
 

@@ -13,10 +13,11 @@ from typing import NamedTuple, cast
 from distflash.cost.traffic import Shape
 from distflash.parallel.direct import Direct
 from distflash.parallel.layout import Layout, gathered, lengths
-from distflash.parallel.mask import AnyMask
+from distflash.parallel.mask import AnyMask, tiles, unseen
 from distflash.parallel.messages import Messages
 from distflash.parallel.plan import Order, Visit, plan, readers
 from distflash.parallel.positions import Positions
+from distflash.parallel.slices import Slices
 from distflash.parallel.staging import copies, room, within
 from distflash.parallel.ulysses import head_shards
 from distflash.parallel.wire.base import Wire
@@ -85,6 +86,10 @@ class Planner:
         if (mask, *key) not in self._copies:
             self._copies[mask, *key] = copies(self.visits(mask), *key)
         return Plans(self.visits(mask), *self._copies[mask, *key], space * most.token)
+
+    def unseen(self, mask: AnyMask, rank: int) -> tuple[range, ...]:
+        """The keys of a rank, of all R * U, that no query of any rank sees. But for `Slices`, each is seen from its own position."""
+        return unseen(tiles(spans, self.layout[rank], mask) for spans in self.layout) if isinstance(mask, Slices) else ()
 
     def carrier(self, mask: AnyMask) -> Messages | Direct:
         """What moves blocks and gradients."""

@@ -258,10 +258,11 @@ class ShardedSequence:
         """
         key = (mask, kernel, scale, shape, variants, deterministic)
         if key not in self._schemes:
-            ulysses = self.head_exchange(shape.heads, shape.kv_heads)
             asked = None if variants is None else Variants(*variants, self._planner.positions)
             plans = self.plans(mask, shape, deterministic)
-            self._schemes[key] = Scheme(plans.forward, plans.backward, self._planner.carrier(mask), ulysses, kernel, scale, asked)
+            ulysses = self.head_exchange(shape.heads, shape.kv_heads, shape.row)
+            way = plans.forward, plans.backward, self._planner.carrier(mask), ulysses
+            self._schemes[key] = Scheme(*way, kernel, scale, asked, self._planner.unseen(mask, self.sp.rank))
             if len(self._schemes) > _SCHEMES:  # a scale that is learned makes one a step
                 self._schemes.popitem(last=False)
         return self._schemes[key]
@@ -274,13 +275,14 @@ class ShardedSequence:
         """What is carried out for a call with tensors of this shape. Raises ValueError, on every rank, if `staging` is too little."""
         return self._planner.plans(mask, shape, deterministic)
 
-    def head_exchange(self, heads: int, kv_heads: int) -> Ulysses | None:
-        """The all-to-all of this rank's Ulysses group, None without one. Raises ValueError if heads cannot be dealt out."""
+    def head_exchange(self, heads: int, kv_heads: int, row: int = 0) -> Ulysses | None:
+        """This rank's Ulysses group, `row` as that has it; None without one. Raises ValueError if heads cannot be dealt out."""
         wire = self.sp.head_wire
         if wire.size == 1:
             return None
         first = self.sp.ring_wire.rank * wire.size
-        return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size), reach=self.sp.direct)
+        row *= wire.size == self.sp.size  # one group in a ring: several would be as many times its visits, and its ranks' lengths differ
+        return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size), self.sp.direct, row)
 
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1

@@ -1,28 +1,27 @@
 """Ulysses: an all-to-all turns shards of tokens into shards of heads, around any inner attention (arXiv:2309.14509).
 
-Legend: B batch, T local tokens, Tg tokens of the whole group, H heads, h heads of this rank, U ranks of the group.
+Legend: B batch, T local tokens, Tg tokens of the whole group, H heads, h heads of this rank, U ranks of the group, G groups of heads.
 
 Heads need not divide evenly, and there may be fewer key/value heads than ranks: those are then held by several ranks, and the
 gradients that come back for them are summed in the accumulator's dtype, in rank order.
+
+Here is who has what; all_to_all.py moves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import cast
+from math import gcd, isqrt
 
-import torch
 from torch import Tensor
 
-from distflash.parallel.wire.base import Form, Wire, empty, pack, room, unpack
-from distflash.parallel.wire.symmetric import Windows
+from distflash.parallel.wire.base import Form, Wire
 
 Heads = tuple[range, ...]  # Heads[rank]: the heads that a rank of the group computes
-Parts = Callable[[int], list[Tensor]]  # by rank: what it gets from us
-Forms = Callable[[int, int], list[Form]]  # by (source, dest): of what the one gives to the other
+PIECE = 64 << 20  # bytes from a rank to another that pay for a group: on 2 H200, one group is faster at 16k tokens, four are at 128k
 
 
 def head_shards(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, Heads]:
@@ -37,16 +36,27 @@ def head_shards(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, Heads]:
         )
     group = heads // kv_heads
     if kv_heads >= ranks:
-        kv = _dealt(range(kv_heads), ranks)
+        kv = dealt(range(kv_heads), ranks)
         return tuple(range(r.start * group, r.stop * group) for r in kv), kv
     q, kv = [], []
-    for n, sharers in enumerate(_dealt(range(ranks), kv_heads)):
-        q += _dealt(range(n * group, (n + 1) * group), len(sharers))
+    for n, sharers in enumerate(dealt(range(ranks), kv_heads)):
+        q += dealt(range(n * group, (n + 1) * group), len(sharers))
         kv += [range(n, n + 1)] * len(sharers)
     return tuple(q), tuple(kv)
 
 
-def _dealt(items: range, parts: int) -> Heads:
+def head_groups(kv_heads: Heads, lengths: Sequence[int], row: int) -> int:
+    """G: how many equal groups every rank's heads make, each with the query heads of its key/value heads. The same on every rank.
+
+    `row`: bytes of q, k, v and out of a token. Of t seconds on the way t / G are not hidden, and each group costs o: the sum is least
+    at G = sqrt(t / o). Heads that ranks share, or that are not as many on each, may leave one group only.
+    """
+    whole, worth = gcd(*map(len, kv_heads)), isqrt(max(lengths) * row // len(kv_heads) // PIECE)
+    return max(n for n in range(1, whole + 1) if whole % n == 0 and n <= max(1, worth))
+
+
+def dealt(items: range, parts: int) -> Heads:
+    """Consecutive items for each of `parts`, as even as can be."""
     edges = [len(items) * n // parts for n in range(parts + 1)]
     return tuple(items[a:b] for a, b in pairwise(edges))
 
@@ -59,7 +69,17 @@ class Ulysses:
     lengths: tuple[int, ...]
     heads: Heads
     kv_heads: Heads
-    reach: bool = False  # ranks read from each other's memory: the wire has windows
+    reach: bool = False  # ranks copy from and to each other's memory: the wire has windows
+    row: int = 0  # bytes of q, k, v and out of a token; 0: heads are not to come in groups
+
+    @cached_property
+    def groups(self) -> int:
+        """G."""
+        return head_groups(self.kv_heads, self.lengths, self.row) if self.reach else 1
+
+    @cached_property
+    def _edges(self) -> list[int]:
+        return [0, *accumulate(self.lengths)]
 
     @property
     def shared(self) -> bool:
@@ -71,75 +91,44 @@ class Ulysses:
         """(tokens, query heads, key/value heads) of this rank after the all-to-all."""
         return [sum(self.lengths), len(self.heads[self.wire.rank]), len(self.kv_heads[self.wire.rank])]
 
-    def to_heads(self, tensors: Sequence[Tensor], shards: Sequence[Heads]) -> list[Tensor]:
-        """Each [B, T, H, ...] becomes [B, Tg, h, ...]; all of them travel in one message a peer."""
-
-        def forms(source: int, dest: int) -> list[Form]:
-            return [((x.shape[0], self.lengths[source], len(h[dest]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
-
-        def parts(rank: int) -> list[Tensor]:
-            return [x[:, :, h[rank].start : h[rank].stop] for x, h in zip(tensors, shards, strict=True)]
-
-        with self._exchanged(parts, forms, tensors[0].device) as found:
-            return [torch.cat(list(column), dim=1) for column in zip(*found, strict=True)]
-
-    def to_tokens(self, tensors: Sequence[Tensor], shards: Sequence[Heads]) -> list[Tensor]:
-        """Each [B, Tg, h, ...] becomes [B, T, H, ...] again; what several ranks hold of one head is summed."""
-        edges = [0, *accumulate(self.lengths)]
-
-        def forms(source: int, dest: int) -> list[Form]:
-            return [((x.shape[0], self.lengths[dest], len(h[source]), *x.shape[3:]), x.dtype) for x, h in zip(tensors, shards, strict=True)]
-
-        def parts(rank: int) -> list[Tensor]:
-            return [x[:, edges[rank] : edges[rank + 1]] for x in tensors]
-
-        with self._exchanged(parts, forms, tensors[0].device) as found:
-            return [_assembled(column, h) for column, h in zip(zip(*found, strict=True), shards, strict=True)]
-
-    @contextmanager
-    def _exchanged(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[list[list[Tensor]]]:
-        """Give `parts(rank)` to each rank; yield what each rank gave us, in rank order, of shapes `forms(rank, we)`."""
-        with self.wire.journal.during("all-to-all"), (self._read if self.reach else self._sent)(parts, forms, device) as theirs:
-            yield [theirs[rank] if rank in theirs else parts(rank) for rank in range(self.wire.size)]
-
-    @contextmanager
-    def _sent(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[dict[int, list[Tensor]]]:
-        """As messages."""
-        arriving = {r: empty(forms(r, self.wire.rank), device) for r in self._others}
-        self.wire.exchange({r: pack(parts(r)) for r in self._others}, arriving).wait()
-        yield {r: unpack(message, forms(r, self.wire.rank)) for r, message in arriving.items()}
-
-    @contextmanager
-    def _read(self, parts: Parts, forms: Forms, device: torch.device) -> Iterator[dict[int, list[Tensor]]]:
-        """Straight from the others' memory, where each has laid what is for us."""
-        me, ranks = self.wire.rank, range(self.wire.size)
-        place = max(room(forms(source, dest)) for source in ranks for dest in ranks if source != dest)
-        window = cast(Windows, self.wire).window("heads", place * len(ranks))
-
-        def laid(source: int, dest: int) -> list[Tensor]:
-            return unpack(window.of(source)[dest * place : (dest + 1) * place], forms(source, dest))
-
-        window.writable(*self._others)
-        for dest in self._others:
-            for to, part in zip(laid(me, dest), parts(dest), strict=True):
-                to.copy_(part)
-        window.give(*self._others)
-        for source in self._others:
-            window.take(source)
-        yield {source: laid(source, me) for source in self._others}
-        for source in self._others:
-            window.release(source)
+    @property
+    def of_qkv(self) -> tuple[Heads, Heads, Heads]:
+        """Whose heads are which, of q, k and v and their gradients."""
+        return self.heads, self.kv_heads, self.kv_heads
 
     @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.wire.size) if rank != self.wire.rank]
+    def of_out(self) -> tuple[Heads, Heads]:
+        """Of out and lse, and of dout and delta."""
+        return self.heads, self.heads
 
+    def mine(self, group: int) -> range:
+        """The query heads of a group that this rank computes."""
+        return dealt(self.heads[self.wire.rank], self.groups)[group]
 
-def _assembled(column: Sequence[Tensor], shards: Heads) -> Tensor:
-    if not any(a.stop > b.start for a, b in pairwise(shards)):
-        return torch.cat(list(column), dim=2)
-    first = column[0]
-    whole = first.new_zeros(*first.shape[:2], shards[-1].stop, *first.shape[3:])
-    for part, heads in zip(column, shards, strict=True):
-        whole[:, :, heads.start : heads.stop] += part
-    return whole
+    def split(self, rows: Tensor, *shape: int) -> tuple[Tensor, ...]:
+        """What holds all groups behind one another, by group: each of this shape, in which a -1 is what is left."""
+        return rows.view(self.groups, *shape).unbind()
+
+    def others(self) -> list[int]:
+        """All ranks but this one, each from the next on: no two begin with the same one."""
+        return [(self.wire.rank + n) % self.wire.size for n in range(1, self.wire.size)]
+
+    def of_heads(self, tensors: Sequence[Tensor], shards: Sequence[Heads], rank: int, group: int) -> list[Tensor]:
+        """The heads of [B, T, H, ...] that a rank computes in a group."""
+        found = (dealt(h[rank], self.groups)[group] for h in shards)
+        return [x[:, :, heads.start : heads.stop] for x, heads in zip(tensors, found, strict=True)]
+
+    def of_tokens(self, tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
+        """The tokens of [B, Tg, h, ...] that a rank holds."""
+        return [x[:, self._edges[rank] : self._edges[rank + 1]] for x in tensors]
+
+    def forms(self, like: Sequence[Tensor], shards: Sequence[Heads], tokens: int, heads: int) -> list[Form]:
+        """Of what the tokens of one rank and the heads of another, those of one group, have in common."""
+        return self._forms(like, self.lengths[tokens], [len(h[heads]) for h in shards])
+
+    def largest(self, like: Sequence[Tensor], shards: Sequence[Heads]) -> list[Form]:
+        """Of the longest shard and the most heads: no two ranks have more in common."""
+        return self._forms(like, max(self.lengths), [max(map(len, h)) for h in shards])
+
+    def _forms(self, like: Sequence[Tensor], tokens: int, heads: Sequence[int]) -> list[Form]:
+        return [((x.shape[0], tokens, n // self.groups, *x.shape[3:]), x.dtype) for x, n in zip(like, heads, strict=True)]

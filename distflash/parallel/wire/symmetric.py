@@ -75,6 +75,18 @@ class Windows(Wire, Protocol):
         ...
 
 
+def between(window: Window, owner: int, other: int, nbytes: int) -> Tensor:
+    """What of the owner's piece is for, or of, another rank: [nbytes] uint8, of as much for each of the others in their order."""
+    at = nbytes * (other - (other > owner))
+    return window.of(owner)[at : at + nbytes]
+
+
+def copy(source: Tensor, to: Tensor) -> None:
+    """Copy tokens of [B, T, ...], a sequence at a time: contiguous, as copy engines do it."""
+    for here, there in zip(source, to, strict=True):
+        there.copy_(here)
+
+
 class SymmetricWire(P2PWire):
     """The wire of GPUs of one host, over a ProcessGroup: small messages as NCCL sends them, blocks through windows."""
 
