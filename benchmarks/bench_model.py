@@ -1,6 +1,7 @@
 """Predicted beside measured: seconds of attention, forward and backward, by scheme, and what choosing by prediction would cost.
 
     distflash run -n 4 -m benchmarks.bench_model          P = 1, 2 and 4 in one run, each among the first P ranks
+    distflash run -n 2 -m benchmarks.bench_model --wire symmetric       by copies between memories: model_2xh200_symmetric.json
 
 Causal, bf16 on GPUs and fp32 on CPUs, one document. A time is the median over repeats of the slowest rank's. For each cell of length and
 heads, what "auto" stands for is measured too, and `regret` is how much longer it takes than the fastest one measured.
@@ -34,6 +35,7 @@ from distflash.parallel.mask import Mask
 LENGTHS = (16384, 32768, 65536, 131072)
 HEADS = ((32, 32), (32, 8))
 D = 128
+SAMPLE = 0.05  # seconds that the calls of a sample take on a GPU, which the host queues ahead, as training does
 
 
 def schemes(ranks: int) -> Iterator[Scheme]:
@@ -56,26 +58,25 @@ def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape:
     q, k, v, dout = (torch.randn(1, seq.local_length, h, shape.head_dim, device=device, dtype=dtype) for h in heads)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def timed(run: Callable[[], object]) -> float:
+    def slowest(run: Callable[[], object], calls: int) -> float:
+        """Seconds of one of this many calls in a row."""
         if group is not None:
             dist.barrier(group)
-        return seconds(run, device)
+        slots = torch.zeros(sp.size, dtype=torch.float64, device=device)
+        slots[sp.rank] = seconds(lambda: [run() for _ in range(calls)], device) / calls
+        return float(sp.wire.all_reduce(slots).amax())
 
-    found: dict[str, list[float]] = {pass_: [] for pass_ in PASSES}
-    for n in range(repeats + 2):  # the first two compile kernels and make tables
-        outs: list[torch.Tensor] = []
-        times = [
-            timed(lambda: outs.append(distflash.attention(q, k, v, seq, causal=True))),  # noqa: B023  run at once
-            timed(lambda: torch.autograd.grad(outs[0], leaves, dout)),  # noqa: B023
-        ]
-        slots = torch.zeros(sp.size, 2, dtype=torch.float64, device=device)
-        slots[sp.rank] = torch.tensor(times, dtype=torch.float64)
-        if n >= 2:
-            for pass_, slowest in zip(PASSES, sp.wire.all_reduce(slots).amax(0).tolist(), strict=True):
-                found[pass_].append(slowest)
-        else:
-            sp.wire.all_reduce(slots)
-    return {pass_: median(times) for pass_, times in found.items()}
+    out = distflash.attention(q, k, v, seq, causal=True)
+    runs = (
+        lambda: distflash.attention(q, k, v, seq, causal=True),
+        lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+    )
+    found = {}
+    for pass_, run in zip(PASSES, runs, strict=True):
+        once = [slowest(run, 1) for _ in range(3)][-1]  # the first ones compile kernels and make tables
+        calls = max(1, round(SAMPLE / once)) if device.type == "cuda" else 1
+        found[pass_] = median([slowest(run, calls) for _ in range(repeats)])
+    return found
 
 
 def predict(device: Device, scheme: Scheme, length: int, shape: Shape, wire: str) -> Candidate:

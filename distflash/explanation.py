@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distflash.cost.auto import NIC
+from distflash.cost.copied import Copying
 from distflash.cost.devices import find, network
-from distflash.cost.memory import peak, staging, windows
+from distflash.cost.memory import Copies, head_windows, least, peak, staging, windows
 from distflash.cost.time import Cluster, Rank
 from distflash.cost.traffic import Scheme, Shape, Share
-from distflash.kernels.base import Problem
+from distflash.kernels.base import Counted, Problem
 from distflash.kernels.select import candidates, select
 from distflash.parallel.layout import gathered, lengths
 from distflash.parallel.mask import packed
@@ -104,7 +106,8 @@ def explain(
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to("meta")
     asked = check_variants(softcap, slopes, dropout_p, q)
     problem = Problem(device, dtype, heads, kv_heads, head_dim, head_dim, deterministic, asked)
-    chosen = select(kernel, problem).name
+    found = select(kernel, problem)
+    chosen, scratch = found.name, partial(found.scratch, problem) if isinstance(found, Counted) else least
     tried = [] if kernel != "auto" else candidates(problem)
     passed_over = tuple((name, reason) for name, reason in tried[: [name for name, _ in tried].index(chosen) if tried else 0] if reason)
     shape = Shape(heads, kv_heads, head_dim, head_dim, batch, dtype.itemsize)
@@ -120,19 +123,22 @@ def explain(
         scheme = Scheme(sp.layout, sp.order, sp.ulysses, sp.size, sp.wire.per_node)
         how = f"{sp.layout}, {sp.order} of {sp.ring_wire.size}, ulysses {sp.ulysses}, over {sp.wire_name}"
     mine, visits = Share(scheme, spans, shape, rank, plans.sent), plans.forward
-    kept_for_others = windows(mine.shape, max(lengths(spans)), scheme.ring) if plans.copies else 0
+    reach = wire == "symmetric"
+    kept_for_others = windows(mine.shape, max(lengths(spans)), scheme.ring) + head_windows(mine) if reach else 0
     sent = {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
     kept = sum(visit.tiles.area for visit in visits)
-    forward, backward, exposed, basis = _predicted(mine, device, wire)
+    forward, backward, exposed, basis = _predicted(mine, device, wire, plans.copies)
     return Explanation(
         chosen, passed_over, how, why, len(visits), sum(bool(visit.tiles) for visit in visits), sum(len(visit.tiles) for visit in visits),
         kept, visits[0].tiles.q_len * all_keys, mine.shape.flops("forward") * kept, mine.shape.flops("backward") * kept,
-        sent["forward"], sent["backward"], max(peak(mine, plans.copies).values()), kept_for_others, staging(mine, plans.copies),
-        plans.limit, forward, backward, exposed, basis,
+        sent["forward"], sent["backward"], max(peak(mine, plans.copies, reach, scratch).values()), kept_for_others,
+        staging(mine, plans.copies), plans.limit, forward, backward, exposed, basis,
     )  # fmt: skip
 
 
-def _predicted(mine: Share, device: torch.device, wire: str) -> tuple[float | None, float | None, float | None, str]:
+def _predicted(
+    mine: Share, device: torch.device, wire: str, copies: Copies | None = None
+) -> tuple[float | None, float | None, float | None, str]:
     """(seconds forward, backward, of these exposed; what they rest on), or None three times and why."""
     scheme = mine.scheme
     if device.type != "cuda":
@@ -146,6 +152,6 @@ def _predicted(mine: Share, device: torch.device, wire: str) -> tuple[float | No
         rates = f"{known.name}'s rates are of {8 * known.itemsize}-bit inputs over {', '.join(known.wires)}"
         return None, None, None, f"{rates}, this is {8 * mine.shape.itemsize} over {wire}"
     cluster = Cluster(known, scheme.ranks, scheme.per_node, network(NIC), link)
-    passes = Rank(mine, cluster).passes()
+    passes = (Rank(mine, cluster) if copies is None else Copying(mine, cluster, copies)).passes()
     basis = known.basis + (f"; {NIC} Gbit/s between hosts assumed" if scheme.ranks > scheme.per_node else "")
     return passes["forward"].seconds, passes["backward"].seconds, sum(one.exposed for one in passes.values()), basis

@@ -85,6 +85,13 @@ class Bench:
         low, *_, high = quantiles(found, n=5)
         return {"ms": float(np.median(found)), "low": low, "high": high, "calls": times}
 
+    def captured(self, run: Callable[[], object], worth: float) -> float:
+        """Median milliseconds of `run` replayed as a CUDA graph, which the host does not slow down; it has run before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return self.milliseconds(graph.replay, worth=worth)["ms"]
+
     def inputs(self, batch: int, tokens: int, heads: int, dim: int, heads_first: bool) -> tuple[list[Tensor], Tensor]:
         """([q, k, v], dout), normal, contiguous as the contender wants them; q, k, v require gradients."""
         shape = (batch, heads, tokens, dim) if heads_first else (batch, tokens, heads, dim)

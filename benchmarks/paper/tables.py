@@ -21,10 +21,11 @@ def attention(result: dict[str, Any]) -> str:
         shape = f"{ours['B']} x {ours['H']} x {ours['D']}"
         times = [f"{one['ms']:.3f}" if "ms" in one else one["error"] for one in (other, ours)]
         faster = f"{other['ms'] / ours['ms']:.2f}" if "ms" in other and "ms" in ours else ""
+        graphs = f"{other['graph_ms'] / ours['graph_ms']:.2f}" if "graph_ms" in other and "graph_ms" in ours else ""
         passes = "forward" if direction == "forward" else "forward + backward"
-        rows.append([f"{n:,}", shape, "causal" if causal else "full", f"{dropout:g}", passes, *times, faster, ours["kernel"]])
-    head = ("N", "batch x heads x head dim", "mask", "dropout", "passes", "standard, ms", "DistFlash, ms", "times as fast", "kernel")
-    return table(head, rows)
+        rows.append([f"{n:,}", shape, "causal" if causal else "full", f"{dropout:g}", passes, *times, faster, graphs, ours["kernel"]])
+    head = "N", "batch x heads x head dim", "mask", "dropout", "passes", "standard, ms", "DistFlash, ms", "times as fast"
+    return table((*head, "as graphs", "kernel"), rows)
 
 
 def memory(result: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from distflash.cost.copied import Copying
 from distflash.cost.even import NoClosedForm, even
-from distflash.cost.memory import peak, windows
+from distflash.cost.memory import Copies, head_windows, peak, windows
 from distflash.cost.time import Cluster, Pass, Rank
 from distflash.cost.traffic import PASSES, Scheme, Shape, Share
 from distflash.parallel.layout import LAYOUTS, lengths
@@ -82,20 +83,26 @@ def judge(
         for ring_rank in ring:
             visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
             share = Share(scheme, spans, shape, ring_rank * scheme.ulysses, visits)
-            found.append((Rank(share, cluster).passes(), _memory(share, lengths(spans), visits if wire == "symmetric" else None)))
+            plans = _copies(share, lengths(spans), visits) if wire == "symmetric" else None
+            one = Rank(share, cluster) if plans is None else Copying(share, cluster, plans)
+            found.append((one.passes(), _memory(share, lengths(spans), plans, wire == "symmetric")))
     except NoClosedForm as error:
         return Candidate(scheme, wire, {}, 0, f"rings of more than {_PLANNED} ranks are ranked in closed form only: {error}")
     slowest = {name: max((passes[name] for passes, _ in found), key=lambda one: one.seconds) for name in PASSES}
     return Candidate(scheme, wire, slowest, max(memory for _, memory in found))
 
 
-def _memory(share: Share, tokens: Sequence[int], copied: tuple[Visit, ...] | None) -> int:
-    """Bytes above the inputs at the peak, and those of windows: where blocks are copied, as they are without a limit."""
-    if copied is None or len(tokens) == 1:
-        return max(peak(share).values())
-    shape, longest = share.shape, max(tokens)
-    plans = copies(copied, room(None, longest, shape.token, len(tokens)), shape.kv_heads, shape.heads, False)
-    return max(peak(share, plans).values()) + windows(shape, longest, len(tokens))
+def _copies(share: Share, tokens: Sequence[int], visits: tuple[Visit, ...]) -> Copies | None:
+    """The visits where blocks are copied, as they are without a limit; None in a ring of one."""
+    if len(tokens) == 1:
+        return None
+    return copies(visits, room(None, max(tokens), share.shape.token, len(tokens)), share.shape.kv_heads, share.shape.heads, False)
+
+
+def _memory(share: Share, tokens: Sequence[int], plans: Copies | None, reach: bool) -> int:
+    """Bytes above the inputs at the peak, and those of windows."""
+    kept = windows(share.shape, max(tokens), len(tokens)) + head_windows(share) if reach else 0
+    return max(peak(share, plans, reach).values()) + kept
 
 
 def choose(

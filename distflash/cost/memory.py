@@ -4,38 +4,85 @@ Legend: B batch, T local tokens, H query heads, Hk key/value heads, D head dim, 
 
 What is alive follows from ring.py: a block of K and V from the posting of its exchange until the next one is at hand, a sent message
 until its exchange is waited for. Where blocks are copied (direct.py): a block from the start of its copy until it was worked on, its
-gradient until that of the next visit is on its way. The plan's integers and the kernels' tables are not in it.
+gradient until that of the next visit is on its way. What Ulysses brings, and what goes home, stays until all of a pass is home
+(all_to_all.py). The plan's integers and the kernels' tables are not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from distflash.cost.traffic import Shape, Share, Step
+from distflash.cost.traffic import Shape, Share, Step, Swap
 from distflash.parallel.plan import Visit
 from distflash.parallel.wire.symmetric import GRAIN
 
 Copies = tuple[Sequence[Visit], Sequence[Visit]]  # visits of a forward and of a backward, `distflash.parallel.staging.copies`
+Scratch = Callable[[int, int, bool], int]  # what a visit of a backward takes: `kernels.base.Counted.scratch` of a problem
 
 
-def peak(share: Share, copies: Copies | None = None) -> dict[str, int]:
-    """By pass: bytes above the inputs at the peak of the ring; `backward` holds what the forward saved.
+def least(lines: int, tokens: int, alone: bool) -> int:
+    """The Scratch of a kernel of which nothing is known: lse in another form."""
+    return 4 * lines * tokens
 
-    `copies`: blocks are copied so, None: they are sent. What `windows` counts comes beside it. With Ulysses, q, k, v and dout are what an
-    all-to-all brought, and count; that its messages may be more for a moment does not.
+
+def peak(share: Share, copies: Copies | None = None, reach: bool = False, scratch: Scratch = least) -> dict[str, int]:
+    """By pass: bytes above the inputs at the peak; `backward` holds what the forward saved, and what the kernel takes beside its results.
+
+    `copies`: blocks are copied so, None: they are sent. `reach`: so are the heads of Ulysses (`all_to_all.Copied`). What `windows` and
+    `head_windows` count comes beside it. Where Ulysses sends messages, q, k, v and dout are what an all-to-all brought, and count; that
+    its messages may be more for a moment does not.
     """
-    shape = share.shape
+    groups, swap = share.groups if reach else 1, share.swap
+    one = replace(share.shape, heads=share.shape.heads // groups, kv_heads=share.shape.kv_heads // groups)
     if copies is None:
-        bytes_ = _ring(share.steps, shape, share.last)
+        bytes_ = _ring(share.steps, one, share.last, scratch)
     else:
-        bytes_ = {"forward": _forward(copies[0], shape), "backward": _back(copies[1], shape)}
-    if share.swap is None:
+        bytes_ = {"forward": _forward(copies[0], one), "backward": _back(copies[1], one, scratch)}
+    if swap is None:
         return bytes_
-    tiles = share.steps[0].visit.tiles
-    dout = shape.batch * tiles.q_len * shape.heads * shape.v_head_dim * shape.itemsize
-    q = shape.batch * tiles.q_len * shape.heads * shape.head_dim * shape.itemsize
-    kv = shape.message(tiles.kv_len, shape.itemsize)
-    return {"forward": bytes_["forward"] + q + kv, "backward": bytes_["backward"] + q + kv + dout}
+    there = _sizes(share.shape, share.steps[0].visit.tiles.q_len)
+    if reach:
+        return _copied_heads(bytes_, one, swap, there, _sizes(swap.shape, swap.tokens[share.head_rank]), groups)
+    brought = there.q + there.kv
+    return {"forward": bytes_["forward"] + brought, "backward": bytes_["backward"] + brought + there.out}
+
+
+class _Sizes(NamedTuple):
+    """Bytes of tensors of so many tokens."""
+
+    q: int
+    kv: int
+    out: int
+    lse: int
+
+
+def _sizes(s: Shape, tokens: int) -> _Sizes:
+    rows = s.batch * tokens * s.heads
+    return _Sizes(rows * s.head_dim * s.itemsize, tokens * s.token, rows * s.v_head_dim * s.itemsize, rows * s.wide)
+
+
+def _copied_heads(ring: dict[str, int], one: Shape, swap: Swap, there: _Sizes, here: _Sizes, groups: int) -> dict[str, int]:
+    """`ring` and `one` are of a group. `there`: all heads of this rank and the tokens of all; `here`: its own tokens, all heads.
+
+    At the peak the last group is worked on, or what all groups made is put together, or its form is changed.
+    """
+    wide = swap.shape.wide // swap.shape.itemsize if swap.shared else 1
+    brought, turned = there.q + there.kv, there.lse * (one.heads > 1)  # lse as it goes home; of one head that is as it is kept
+    grads, home = there.q + there.kv * wide, here.q + here.kv * wide
+    forward = (
+        (there.out + there.lse + turned) * (groups - 1) // groups + ring["forward"],
+        there.out + there.lse + turned + here.out + here.lse,
+        here.out + 2 * here.lse + there.lse * (1 + (groups > 1)),
+    )
+    backward = (  # the ring saved nothing more
+        grads * (groups - 1) // groups + ring["backward"] - (there.out + 2 * there.lse - turned) // groups + there.kv * (wide - 1),
+        grads + home,
+        home + here.kv * swap.shared,
+    )
+    saved = brought + there.lse + here.out
+    return {"forward": brought + max(forward), "backward": saved + here.lse + there.out + there.lse + max(backward)}  # delta, dout
 
 
 def windows(shape: Shape, tokens: int, ranks: int) -> int:
@@ -44,7 +91,19 @@ def windows(shape: Shape, tokens: int, ranks: int) -> int:
     One holds the own block of K and V, the other a place for what each other rank has of its gradient.
     """
     blocks, gradients = shape.message(tokens, shape.itemsize), (ranks - 1) * shape.message(tokens, shape.wide)
-    return sum((-(-nbytes // GRAIN) + 1) * GRAIN for nbytes in (blocks, gradients)) if ranks > 1 else 0  # flags take a grain
+    return _window(blocks) + _window(gradients) if ranks > 1 else 0
+
+
+def head_windows(share: Share) -> int:
+    """And those from and to which heads are copied: two of each group of heads."""
+    if share.swap is None:
+        return 0
+    others = len(share.swap.tokens) - 1
+    return share.groups * sum(_window(place * others) for place in share.swap.places(share.groups))
+
+
+def _window(nbytes: int) -> int:
+    return (-(-nbytes // GRAIN) + 1) * GRAIN  # flags take a grain
 
 
 def staging(share: Share, copies: Copies | None = None) -> int:
@@ -73,11 +132,12 @@ def _forward(visits: Sequence[Visit], s: Shape) -> int:
     return max(s.token * kv + running + lse + out * (n == last) for n, kv in enumerate(_copied(visits)))
 
 
-def _back(visits: Sequence[Visit], s: Shape) -> int:
+def _back(visits: Sequence[Visit], s: Shape, scratch: Scratch) -> int:
     tokens = visits[0].tiles.q_len
     rows, like = s.batch * tokens * s.heads, s.token // s.itemsize  # elements of K and V of a token
     out, lse, dq = rows * s.v_head_dim * s.itemsize, rows * s.wide, rows * s.head_dim
-    saved = out + 3 * lse  # out, lse, its copy in base 2, delta
+    taken = scratch(s.batch * s.heads, tokens, len(visits) == 1)
+    saved = out + 2 * lse + taken  # out, lse, delta
     own = tokens * like * s.itemsize
     if len(visits) == 1:
         return saved + dq * s.itemsize + 2 * own  # at most: a gradient that nobody adds to is stored as it is, and copied
@@ -89,24 +149,26 @@ def _back(visits: Sequence[Visit], s: Shape) -> int:
             kept += mine
         else:
             moving = mine
-    return saved + max(*back, kept + moving + own + dq * s.itemsize - lse)  # the last: while the sum of all parts is made
+    return saved + max(*back, kept + moving + own + dq * s.itemsize - taken)  # the last: while the sum of all parts is made
 
 
-def _ring(found: Sequence[Step], shape: Shape, last: int) -> dict[str, int]:
+def _ring(found: Sequence[Step], shape: Shape, last: int, scratch: Scratch) -> dict[str, int]:
     s, visits = shape, [step.visit for step in found]
     tokens = visits[0].tiles.q_len
     rows = s.batch * tokens * s.heads
     out, lse = rows * s.v_head_dim * s.itemsize, rows * s.wide
-    saved = out + 3 * lse  # out, lse, its copy in base 2, delta
+    taken, alone = (scratch(s.batch * s.heads, tokens, here) for here in (False, last == 0))
+    saved = out + 2 * lse + taken  # out, lse, delta
     dq = rows * s.head_dim
     if len(visits) == 1:
-        return {"forward": out + lse, "backward": saved + dq * s.itemsize + s.message(tokens, s.itemsize)}
+        return {"forward": out + lse, "backward": saved - taken + alone + dq * s.itemsize + s.message(tokens, s.itemsize)}
     running, kv = rows * s.v_head_dim * s.wide * (last > 0), _blocks(found, s)  # what is finished in step 0 is never wide
     forward = max(kv[v.step] + running + lse + (out if v.step == last else 0) for v in visits)
     back = []
     for v, (during, after) in zip(visits, _gradients(found, s), strict=True):
         narrow = dq * s.itemsize * (v.step == last)  # dq in the inputs' dtype beside the running one
-        back += [kv[v.step] + during + narrow, kv[v.step] + after - lse + dq * s.itemsize * (last == 0)]
+        beside = (alone - taken) * (v.step == 0)
+        back += [kv[v.step] + during + narrow + beside, kv[v.step] + after - taken + dq * s.itemsize * (last == 0)]
     return {"forward": forward, "backward": saved + dq * s.wide * (last > 0) + max(back)}
 
 

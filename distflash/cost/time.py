@@ -7,7 +7,7 @@ rank's visits in order, and takes the others to be where it is: exact if all ran
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,14 +129,23 @@ class Rank:
                 seconds = max(seconds, 2 * self.cluster.link(self.share.rank, peers[0]).seconds(nbytes / 2))  # there and back
         return seconds + 4 * sum(out for out, _ in moved.values()) / self.cluster.device.hbm
 
+    def worked(self, pass_: str) -> Sequence[Step]:
+        """The visits of a pass."""
+        return self.steps
+
+    def moved(self, pass_: str) -> Sequence[Mapping[int, int]]:
+        """Bytes by the other rank: sent, received."""
+        return self.share.traffic()[pass_]
+
     def tiers(self, pass_: str) -> dict[str, float]:
         """Seconds that each resource needs at its full rate."""
         device, last = self.cluster.device, self.last
         rate, _ = device.rate(pass_, self.shape.head_dim)
-        pairs = sum(step.pairs for step in self.steps)
-        nbytes = sum(hbm_bytes(s, self.shape, device, pass_, s.visit.step == 0, s.visit.step == last) for s in self.steps if s.visit.tiles)
+        worked = self.worked(pass_)
+        pairs = sum(step.pairs for step in worked)
+        nbytes = sum(hbm_bytes(s, self.shape, device, pass_, s.visit.step == 0, s.visit.step == last) for s in worked if s.visit.tiles)
         found = {"matmul": self.shape.flops(pass_) * pairs / rate.flops, "hbm": nbytes / device.hbm, "links": 0.0, "network": 0.0}
-        for way in self.share.traffic()[pass_]:
+        for way in self.moved(pass_):
             total: Counter[str] = Counter()
             for peer, n in way.items():
                 total["links" if self.cluster.local(self.share.rank, peer) else "network"] += n

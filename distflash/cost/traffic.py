@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from distflash.parallel.layout import LAYOUTS, Layout, lengths, split
 from distflash.parallel.mask import AnyMask
 from distflash.parallel.plan import ORDERS, Visit, plan
 from distflash.parallel.slices import Slices
-from distflash.parallel.ulysses import Heads, head_shards
+from distflash.parallel.ulysses import Heads, head_groups, head_shards
 from distflash.parallel.wire.base import ALIGN
 
 PASSES = ("forward", "backward")
@@ -43,6 +44,11 @@ class Shape:
     def token(self) -> int:
         """Bytes of K and V of a token."""
         return self.batch * self.kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+
+    @property
+    def row(self) -> int:
+        """Bytes of q, k, v and out of a token."""
+        return self.token + self.batch * self.heads * (self.head_dim + self.v_head_dim) * self.itemsize
 
     def message(self, tokens: int, itemsize: int) -> int:
         """Bytes of K and V, or of dK and dV, of so many tokens."""
@@ -107,6 +113,9 @@ def covered(spans: Iterable[slice], size: int = 1) -> int:
     return total
 
 
+Rows = list[tuple[Heads, int]]  # of tensors: whose heads are which, and bytes of one of a token
+
+
 @dataclass(frozen=True)
 class Swap:
     """The two all-to-alls of a pass in a Ulysses group, by integers: tokens -> heads, attention, heads -> tokens."""
@@ -116,16 +125,33 @@ class Swap:
     heads: Heads
     kv_heads: Heads
 
-    def nbytes(self, pass_: str, source: int, dest: int) -> int:
-        """What one rank of the group sends another: q, k, v there, out, lse back; backward dout, delta there, dq, dk, dv back."""
+    @property
+    def shared(self) -> bool:
+        """True if some key/value head is several ranks': its gradients travel unrounded."""
+        return any(a.stop > b.start for a, b in pairwise(self.kv_heads))
+
+    def rows(self, pass_: str) -> tuple[Rows, Rows]:
+        """(there, back): q, k, v there, out, lse back; backward dout, delta there, dq, dk, dv back."""
         s, e, backward = self.shape, self.shape.itemsize, pass_ == "backward"
-        shared = any(a.stop > b.start for a, b in pairwise(self.kv_heads))  # gradients of a shared head travel unrounded
-        kv = s.wide if backward and shared else e
+        kv = s.wide if backward and self.shared else e
         narrow = [(self.heads, s.v_head_dim * e), (self.heads, s.wide)]
         full = [(self.heads, s.head_dim * e), (self.kv_heads, s.head_dim * kv), (self.kv_heads, s.v_head_dim * kv)]
-        there, back = (narrow, full) if backward else (full, narrow)
-        total = sum(_room(s.batch * self.tokens[source] * len(shards[dest]) * row) for shards, row in there)
-        return total + sum(_room(s.batch * self.tokens[dest] * len(shards[source]) * row) for shards, row in back)
+        return (narrow, full) if backward else (full, narrow)
+
+    def nbytes(self, pass_: str, source: int, dest: int) -> int:
+        """What one rank of the group sends another, in both."""
+        there, back = self.rows(pass_)
+        total = sum(_room(self.shape.batch * self.tokens[source] * len(shards[dest]) * row) for shards, row in there)
+        return total + sum(_room(self.shape.batch * self.tokens[dest] * len(shards[source]) * row) for shards, row in back)
+
+    def places(self, groups: int) -> tuple[int, int]:
+        """Where heads are copied: bytes of a group that two ranks at most have in common, on the way there and on the way back."""
+        there, back = zip(*(self.rows(pass_) for pass_ in PASSES), strict=True)
+        return max(map(partial(self._place, groups), there)), max(map(partial(self._place, groups), back))
+
+    def _place(self, groups: int, rows: Rows) -> int:
+        tokens = self.shape.batch * max(self.tokens)
+        return sum(_room(tokens * (max(map(len, shards)) // groups) * row) for shards, row in rows)
 
 
 class Traffic(NamedTuple):
@@ -202,6 +228,13 @@ class Share:
     def last(self) -> int:
         """The last step at which something is computed: there, results are cast."""
         return max((step.visit.step for step in self.steps if step.visit.tiles), default=0)
+
+    @property
+    def groups(self) -> int:
+        """In how many groups heads come where they are copied."""
+        if self.swap is None or self.scheme.ring > 1:
+            return 1
+        return head_groups(self.swap.kv_heads, self.swap.tokens, self.swap.shape.row)
 
     def ring_peer(self, ring_rank: int) -> int:
         """A rank of the ring, counted among all ranks."""
