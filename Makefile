@@ -1,5 +1,6 @@
 # make test     everything that needs no GPU: static checks, kernels compiled for GPUs without one, the CPU tests
 # make test-gpu the tests that need a GPU
+# make sanitize compute-sanitizer over some of these
 # make docs     the site, in build/site
 # make mutants  every seeded bug must make a test fail; make test tries some. ARGS="--record benchmarks/results/mutants.json" writes it down
 #
@@ -24,7 +25,7 @@ LEAN  :=
 SITE  :=
 endif
 
-.PHONY: venv train test check bench test-gpu mutants compile-check docs
+.PHONY: venv train test check bench test-gpu sanitize mutants compile-check docs
 
 venv: $(READY)
 
@@ -46,6 +47,9 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu $(ARGS)
+
+sanitize: $(READY)
+	$(PY) -m tests.gpu.sanitize $(ARGS)
 
 mutants: $(READY)
 	$(PY) tests/mutants.py $(ARGS)

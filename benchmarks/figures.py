@@ -78,8 +78,13 @@ def memory() -> str:
 
 
 def model() -> str:
-    """Predicted beside measured times of attention over NCCL, by scheme."""
-    result = load("model_2xh200_p2p")
+    """Predicted beside measured times of attention, by scheme, over each wire that was measured."""
+    found = [name for name in ("model_2xh200_p2p", "model_2xh200_symmetric") if (RESULTS / f"{name}.json").exists()]
+    return "\n".join(_model(name) for name in found)
+
+
+def _model(name: str) -> str:
+    result = load(name)
     cells: dict[tuple, dict[str, dict[str, Any]]] = {}
     for r in result["rows"]:
         how = f"{r['layout']}, {r['order']}" if r["ranks"] > 1 else "one GPU"
@@ -90,7 +95,8 @@ def model() -> str:
         told = [f"{1e3 * r['seconds']:.2f}, {1e3 * r['predicted']:.2f} ({r['predicted'] / r['seconds'] - 1:+.0%})" for r in both.values()]
         rows.append([str(ranks), f"{length:,}", heads, how, *told])
     head = ("GPUs", "S", "heads", "scheme", *(f"{name}, ms: measured, predicted" for name in ("forward", "backward")))
-    told = f"\nErrors of the predictions: median {result['median_error']:.1%}, worst {result['worst_error']:.1%}."
+    wire = "over NCCL" if name.endswith("p2p") else "by copies between memories"
+    told = f"\nErrors of the predictions {wire}: median {result['median_error']:.1%}, worst {result['worst_error']:.1%}."
     told += f" What auto takes is at most {result['worst_regret']:.1%} slower than the fastest measured.\n"
     return table(head, rows) + told + source(result)
 
@@ -195,16 +201,30 @@ def elastic() -> str:
 
 def soak() -> str:
     """Whether a process grows: lines fitted to the second half of a run."""
-    rows = load("soak")["rows"]
+    return _soaked(load("soak")["rows"], ("resident_mb",))
+
+
+def soak_gpu() -> str:
+    """The same on GPUs, and whether their memory fills; nothing if that has not run."""
+    if not (RESULTS / "soak_gpu.json").exists():
+        return ""
+    result = load("soak_gpu")
+    return _soaked(result["rows"], ("resident_mb", "allocated_mb", "reserved_mb", "device_mb")) + source(result)
+
+
+def _soaked(rows: Sequence[dict[str, Any]], memory: Sequence[str]) -> str:
+    def ends(found: dict[str, float], form: str) -> str:
+        return ", ".join(format(found[name], form) for name in ("first", "last", "max"))
+
     shown = [
         [str(r["rank"]), str(r["minutes"]), f"{r['calls']:,}",
-         f"{r['resident_mb']['first']:.0f}, {r['resident_mb']['last']:.0f}, {r['resident_mb']['max']:.0f}",
-         f"{r['resident_mb']['slope_an_hour']:+.1f} ± {r['resident_mb']['error']:.1f}",
-         *(f"{r[name]['first']:g}, {r[name]['last']:g}, {r[name]['max']:g}" for name in ("files", "threads"))]
+         *(cell for name in memory for cell in (ends(r[name], ".0f"), f"{r[name]['slope_an_hour']:+.1f} ± {r[name]['error']:.1f}")),
+         *(ends(r[name], "g") for name in ("files", "threads"))]
         for r in rows
     ]  # fmt: skip
-    head = ("rank", "minutes", "calls", "resident MB: first, last, most", "MB an hour, of the line", "open files", "threads")
-    return table(head, shown)
+    names = (name.removesuffix("_mb") for name in memory)
+    grown = (cell for name in names for cell in (f"{name} MB: first, last, most", "MB an hour, of the line"))
+    return table(("rank", "minutes", "calls", *grown, "open files", "threads"), shown)
 
 
 def fuzz() -> str:
@@ -281,6 +301,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kills": kills,
     "elastic": elastic,
     "soak": soak,
+    "soak_gpu": soak_gpu,
     "fuzz": fuzz,
     "mutants": mutants,
 }

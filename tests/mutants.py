@@ -57,6 +57,7 @@ LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of
 DIRECT = "parallel/test_direct.py::test_every_scheme_gives_the_gradients_of_dense_attention"
 STAGING = "parallel/test_staging.py"
 AT_ONCE = f"{STAGING}::test_several_blocks_at_once_give_the_gradients_of_dense_attention"
+GROUPS = "parallel/test_all_to_all.py::test_no_bit_depends_on_the_number_of_groups"
 HALVES = "parallel/test_direct.py::test_halves_of_the_own_block_keep_what_the_block_keeps"
 MUTANTS = {
     # copies between memories
@@ -73,8 +74,22 @@ MUTANTS = {
     "the band of a tile's part is not moved": Mutant(
         "tile.py", "Band(self.band.lo - ahead, self.band.hi - ahead)).cropped() if start",
         "Band(self.band.lo, self.band.hi)).cropped() if start", HALVES),
-    "Ulysses reads what is for another rank": Mutant(
-        "parallel/ulysses.py", "window.of(source)[dest * place", "window.of(source)[source * place", f"{DIRECT}[zigzag-ring-2]"),
+    "two ranks have one place in a third one's window": Mutant(
+        "parallel/wire/symmetric.py", "nbytes * (other - (other > owner))", "nbytes * (other > owner)", f"{DIRECT}[zigzag-ring-3]"),
+    "every group of heads has the slopes of the first": Mutant(
+        "parallel/autograd.py", "self.ulysses.mine(group)", "self.ulysses.mine(0)", f"{GROUPS}[dtype0-6-6-3]"),
+    "heads come home by group and not by rank": Mutant(
+        "parallel/all_to_all.py",
+        "for source in range(self.wire.size)\n            for done, places in zip(self.done, self.brought, strict=True)\n",
+        "for done, places in zip(self.done, self.brought, strict=True)\n            for source in range(self.wire.size)\n",
+        f"{GROUPS}[dtype0-6-6-3]"),
+    "attention does not wait for its heads": Mutant(
+        "parallel/all_to_all.py", "self.wire.after(self.coming[group])", "pass",
+        "parallel/test_all_to_all.py::test_a_group_comes_while_the_one_before_it_is_worked_on_and_goes_home_while_the_next_is"),
+    "a group of heads sets out when it is needed": Mutant(
+        "parallel/all_to_all.py",
+        "if group + 1 < len(self.laid):\n            self._pull(group + 1)\n", "if group:\n            self._pull(group)\n",
+        "parallel/test_all_to_all.py::test_a_group_comes_while_the_one_before_it_is_worked_on_and_goes_home_while_the_next_is"),
     "a visit's part of a block has the positions of the whole": Mutant(
         "parallel/positions.py", "self._keys[part.owner], device)[part.keys.start : part.keys.stop]", "self._keys[part.owner], device)",
         "parallel/test_direct.py::test_variants_know_the_positions_of_the_part_of_a_block_that_came"),
@@ -97,6 +112,12 @@ MUTANTS = {
     "the formula of memory forgets the gradient on its way": Mutant(
         "cost/memory.py", "moving = mine", "moving = 0",
         f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
+    "lines of statistics are counted without their padding": Mutant(
+        "kernels/hopper/gradients.py", "(2 * _padded(tokens) +", "(2 * tokens +",
+        "cost/test_memory.py::test_every_byte_that_a_kernel_allocates_is_counted[1-250-64-one pass]"),
+    "the model forgets what flags take of the host": Mutant(
+        "cost/copied.py", "max(total, rounds * link.host)", "total",
+        "cost/test_copied.py::test_a_call_is_no_shorter_than_what_its_rounds_of_flags_take_of_the_host"),
     # the Hopper kernels' work list
     "rows skip a tile that the lower ones of them reach": Mutant(
         "kernels/hopper/schedule.py", "> upper + 63 + hi", "> upper + hi",
@@ -104,9 +125,17 @@ MUTANTS = {
     "rows need no mask left of the tile that they need it in": Mutant(
         "kernels/hopper/schedule.py", "(inner + 1) * width <=", "inner * width <=",
         "kernels/test_hopper_schedule.py::test_on_the_diagonal_a_consumer_skips_what_is_right_of_it_and_masks_nothing_left_of_it"),
-    "a maximum that lags never moves": Mutant(
-        "kernels/hopper/forward.py", "top = gl.where(top > m + LAZY, top, m)", "top = m",
-        "kernels/test_hopper_forward.py::test_a_maximum_that_lags_gives_the_same_softmax[creeps]"),
+    "the running maximum never moves": Mutant(
+        "kernels/hopper/forward.py", "top = gl.maximum(m, gl.max(s, 1) * qs)", "top = m",
+        "kernels/test_hopper_forward.py::test_a_maximum_that_every_tile_raises[leaps]"),
+    "an item's line comes where the one before it stands": Mutant(
+        "kernels/hopper/forward.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
+        "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),
+    "a part of out overwrites the one that is leaving": Mutant(
+        "kernels/hopper/forward.py", "        if OWN:\n            tma.store_wait(0)\n", "",
+        "kernels/test_hopper_forward.py::test_rows_that_share_a_box_of_out_with_another_document_are_left_alone"),
+    "kernels read keys that nobody sees": Mutant(
+        "parallel/autograd.py", "if not self.unseen:", "if self.scale:", "parallel/test_unseen.py"),
     # layout, mask, plan
     "zigzag gives early chunks only": Mutant(
         "parallel/layout.py", "for c in (r, 2 * ranks - 1 - r))", "for c in (r, ranks + r))",
@@ -200,10 +229,11 @@ MUTANTS = {
     "the gradient of lse is dropped": Mutant("parallel/autograd.py", "if dlse is not None:", "if False:", RING),
     # Ulysses, sequence, loss
     "heads are put together in the wrong order": Mutant(
-        "parallel/ulysses.py", "parts(rank) for rank in range(self.wire.size)]", "parts(rank) for rank in reversed(range(self.wire.size))]",
+        "parallel/all_to_all.py",
+        "give[rank] for rank in range(self.wire.size)]", "give[rank] for rank in reversed(range(self.wire.size))]",
         f"{ULYSSES}[zigzag-6-6-4-4]"),
     "the ranks that share a key head are not summed": Mutant(
-        "parallel/ulysses.py", "heads.stop] += part", "heads.stop] = part", f"{ULYSSES}[zigzag-8-2-4-4]"),
+        "parallel/all_to_all.py", "heads.stop] += part", "heads.stop] = part", f"{ULYSSES}[zigzag-8-2-4-4]"),
     "shared key heads are summed in 16 bits": Mutant(
         "parallel/autograd.py", "accumulator(k.dtype) if ulysses.shared else k.dtype", "k.dtype",
         "parallel/test_ulysses.py::test_shared_key_heads_are_summed_in_fp32"),
@@ -288,7 +318,9 @@ MUTANTS = {
         "parallel/autograd.py", "0 if mine is None else mine.start)", "0)",
         "test_variants.py::test_uneven_heads_take_their_own_slopes_and_masks[3]"),
     "what is kept does not grow by 1 / (1 - p)": Mutant(
-        "kernels/scores.py", ".to(s.dtype) / (1 - scores.dropout.p)", ".to(s.dtype)", f"{VARIANT}[dropout-eager]"),
+        "kernels/scores.py", ".to(s.dtype) / (1 - dropout.p)", ".to(s.dtype)", f"{VARIANT}[dropout-eager]"),
+    "all elements of a batch drop alike": Mutant(
+        "kernels/scores.py", "(head, element, 0, 0)", "(head, 0 * element, 0, 0)", f"{VARIANT}[dropout-eager]"),
     "the backward drops others than the forward": Mutant(
         "parallel/autograd.py", "ctx.kv_heads, slopes, seed, after)",
         "ctx.kv_heads, slopes, None if seed is None else seed + 1, after)",

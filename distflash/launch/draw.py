@@ -23,13 +23,21 @@ from distflash.parallel.slices import KINDS, Slice, Slices
 
 RANKS = (1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 5, 6, 8)
 LONGEST = {"cpu": 500, "cuda": 3000}  # tokens; lengths are drawn evenly by their logarithm
-SCORES = {"cpu": 300_000, "cuda": 100_000_000}  # at most so many in all heads: the oracle holds them
+SCORES = {"cpu": 300_000, "cuda": 20_000_000}  # at most so many in all heads: the oracle holds them
+SAME_FORM = 100  # seeds on end that share what their kernels are compiled for, on a GPU: compiling takes longer than all else
 DIMS = {  # few on a GPU, where each compiles kernels of its own
     "cpu": (1, 8, 8, 16, 16, 32, 59, 64, 64, 96, 128, 256),
     "cuda": (16, 59, 64, 64, 64, 64, 128, 128, 128, 128, 192, 256),
 }
 SAME_V_DIM = {"cpu": 0.75, "cuda": 0.95}  # chance of values of the same head size
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLACED = {  # strides, by name: where they are not a multiple of 16 whatever the length, a kernel is compiled for each way they fall
+    "cpu": ("contiguous", *STRIDES),
+    "cuda": ("contiguous", "contiguous", "heads first", "heads first", "tokens first", *STRIDES),
+}
+DTYPES = {  # in fp64 PyTorch computes, on a GPU too
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float64, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float16),
+}
 
 
 class Case(NamedTuple):
@@ -84,15 +92,17 @@ VALUES: dict[str, Callable[[Inputs, Tensor], Inputs]] = {
 
 def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kernel: str | None = None, longest: int | None = None) -> Case:
     """The case of a seed, its ranks drawn from `sizes`."""
-    rng, kind = random.Random(seed), device.type
+    kind = device.type
+    rng, form = _generators(seed, kind)
 
     def chance(p: float) -> bool:
         return rng.random() < p
 
     ranks = rng.choice(sizes)
     alone = ranks == 1 and sizes is RANKS and chance(0.6)
-    batch, kv_heads, dim, dtype = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 2, 3, 4)), rng.choice(DIMS[kind]), rng.choice(DTYPES)
-    heads, v_dim = kv_heads * rng.choice((1, 1, 2, 3, 4)), dim if chance(SAME_V_DIM[kind]) else rng.choice(DIMS[kind])
+    batch, kv_heads, dim = rng.choice((1, 1, 2, 3)), form.choice((1, 1, 2, 2, 3, 4)), form.choice(DIMS[kind])
+    dtype = form.choice(DTYPES[kind])
+    heads, v_dim = kv_heads * form.choice((1, 1, 2, 3, 4)), dim if form.random() < SAME_V_DIM[kind] else form.choice(DIMS[kind])
     most = min(longest or LONGEST[kind], math.isqrt(SCORES[kind] // (batch * heads)))
 
     def length() -> int:
@@ -105,9 +115,9 @@ def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kerne
         count = rng.randint(1, 8)
         documents = tuple(range(tokens + 1)) if chance(0.1) and 0 < tokens <= 48 else _borders(rng, tokens, count)
         k_documents = None if k_tokens == tokens else _borders(rng, k_tokens, len(documents) - 1)
-    visible = _visible(rng, documents or (0, tokens), k_documents or documents or (0, k_tokens))
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    variants = _variants(rng, generator, (batch, heads), device)
+    visible = _visible(rng, form, documents or (0, tokens), k_documents or documents or (0, k_tokens))
+    generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
+    variants = _variants(form, generator, (batch, heads))
     layout, few = rng.choice((*LAYOUTS, "auto")), chance(0.05)  # few: there may be fewer heads than Ulysses ranks
     call = Call(
         layout=layout,
@@ -116,9 +126,9 @@ def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kerne
         documents=documents,
         k_documents=k_documents,
         scale=None if chance(0.8) else rng.choice((0.3, 1.0, -0.5, 0.0)),
-        deterministic=chance(0.15),
+        deterministic=form.random() < 0.15,
         wanted="qkv" if chance(0.85) else rng.choice(("", "q", "k", "v", "qk", "qv", "kv")),
-        strides=rng.choice(("contiguous", *STRIDES)),
+        strides=form.choice(PLACED[kind]),
         batched=batch > 1 or chance(0.7),
         balance=visible.get("mask") if layout == "balanced" and chance(0.7) else None,
         **visible,
@@ -127,24 +137,29 @@ def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kerne
     if chance(0.12):
         # the parts of several ranks are rounded before they are summed: judged where that is not much
         own = dtype if dtype == torch.float64 or (ranks == 1 and chance(0.5)) else torch.float32
-        call = call._replace(sinks=torch.randn(heads, generator=generator).to(device, own))
+        call = call._replace(sinks=torch.randn(heads, generator=generator, device=device).to(own))
     per_node = rng.choice([n for n in range(1, ranks + 1) if ranks % n == 0])
     asked = tuple({"slopes": "alibi_slopes"}.get(name, name) for name in variants)
     problem = Problem(device, dtype, heads, kv_heads, dim, v_dim, call.deterministic, asked)
-    call = call._replace(kernel=kernel or _kernel(rng, problem))
+    call = call._replace(kernel=kernel or _kernel(rng, form, problem))
     shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
-    made = inputs(tokens, k_tokens=k_tokens, dtype=dtype, generator=generator, **shape)
+    x = inputs(tokens, k_tokens=k_tokens, dtype=dtype, generator=generator, **shape)
     values = rng.choice(("normal",) * 8 + tuple(VALUES))
     if tokens and k_tokens:
-        made = VALUES[values](made, keep_of(call, tokens, k_tokens))
-    x = Inputs._make(t.to(device) for t in made)
+        x = VALUES[values](x, keep_of(call, tokens, k_tokens))
     call = call._replace(wire=rng.choice(("p2p", "symmetric")))
     return Case(seed, ranks, per_node, alone, call, x, values, _refusals(call, problem, tokens and k_tokens))
 
 
-def _visible(rng: random.Random, cu_q: Sequence[int], cu_k: Sequence[int]) -> dict[str, Any]:
+def _generators(seed: int, kind: str) -> tuple[random.Random, random.Random]:
+    """(of all that costs no compiling, of the form of kernels): on a CPU, which compiles none, one and the same."""
+    rng = random.Random(seed)
+    return rng, rng if kind == "cpu" else random.Random(f"form {seed // SAME_FORM}")
+
+
+def _visible(rng: random.Random, form: random.Random, cu_q: Sequence[int], cu_k: Sequence[int]) -> dict[str, Any]:
     """What each query sees: causal, a window, both, or slices."""
-    kind, found = rng.choice(("full", "causal", "causal", "window", "causal window", "slices")), {}
+    kind, found = form.choice(("full", "causal", "causal", "window", "causal window", "slices")), {}
     if "causal" in kind:
         found["causal"] = True
     if "window" in kind:
@@ -152,13 +167,13 @@ def _visible(rng: random.Random, cu_q: Sequence[int], cu_k: Sequence[int]) -> di
     return {"mask": _slices(rng, cu_q, cu_k)} if kind == "slices" else found
 
 
-def _variants(rng: random.Random, generator: torch.Generator, shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
+def _variants(rng: random.Random, generator: torch.Generator, shape: tuple[int, int]) -> dict[str, Any]:
     """Which of softcap, ALiBi and dropout are asked for."""
     found: dict[str, Any] = {}
     if rng.random() < 0.12:
         found["softcap"] = rng.choice((0.5, 2.0, 30.0))
     if rng.random() < 0.12:
-        found["slopes"] = torch.rand(rng.choice((shape, shape[1:])), generator=generator).to(device) / 4
+        found["slopes"] = torch.rand(rng.choice((shape, shape[1:])), generator=generator, device=generator.device) / 4
     if rng.random() < 0.12:
         found["dropout_p"] = rng.choice((0.1, 0.5, 0.9))
     return found
@@ -202,12 +217,12 @@ def _able(problem: Problem) -> dict[str, bool]:
     return {name: reason is None or reason == BY_NAME_ONLY.get(name) for name, reason in candidates(problem)}
 
 
-def _kernel(rng: random.Random, problem: Problem) -> str:
+def _kernel(rng: random.Random, form: random.Random, problem: Problem) -> str:
     """Mostly "auto" or one of our own that can serve; now and then one that cannot."""
     able = _able(problem)
     ours = [name for name in able if able[name] and name not in ADAPTED]
     others = [name for name in able if not able[name]] or ours
-    return rng.choices(("auto", rng.choice(ours), rng.choice(others)), (50, 48, 2))[0]
+    return rng.choices(("auto", form.choice(ours), rng.choice(others)), (50, 48, 2))[0]
 
 
 def _refusals(call: Call, problem: Problem, tokens: int) -> tuple[str, ...]:

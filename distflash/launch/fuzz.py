@@ -2,25 +2,33 @@
 
 A case follows from its seed alone (and from the options and the kernels of the machine): `--fuzz 1 --seed K` runs it again. A case
 equals the oracle within the error budget of `distflash.testing`, or it is refused where it must be; anything else is a mismatch.
+Cases that share the form of their kernels (draw.SAME_FORM) run in one process: what one compiles, the others find compiled.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
+from functools import cache
+from itertools import pairwise
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+import distflash
 from distflash.kernels.base import accumulator
 from distflash.launch import trial
 from distflash.launch.doctor import output, versions
-from distflash.launch.draw import RANKS, Case, draw
+from distflash.launch.draw import RANKS, SAME_FORM, Case, draw
 from distflash.launch.trial import SEED, Results, noise_of, truth_of
 from distflash.testing import errors
 
@@ -110,39 +118,112 @@ class Tally:
             self.covered[axis][str(value)] += 1
         self.covered["asked"].update(name for name in case.asked if name not in named)
 
+    def merge(self, other: Tally) -> None:
+        self.verdicts += other.verdicts
+        self.refused += other.refused
+        self.mismatches += other.mismatches
+        for axis, counts in other.covered.items():
+            self.covered[axis] += counts
+
+
+class Given(NamedTuple):
+    """What cases follow from beside their seeds."""
+
+    sizes: Sequence[int] | None  # numbers of ranks
+    kernel: str | None
+    length: int | None
+
+    def options(self, world: World) -> str:
+        """As the command line says it."""
+        named = {"--nproc": world.size} if world.size > 1 else {"--ranks": ",".join(map(str, self.sizes or ()))}
+        named |= {"--kernel": self.kernel, "--length": self.length}
+        return "".join(f" {name} {value}" for name, value in named.items() if value)
+
 
 def fuzzed(
-    world: World, count: int, first: int, *, sizes: Sequence[int] | None, kernel: str | None, length: int | None, file: Path | None
-) -> bool:
-    """Judge the cases of `count` seeds; print, and append to `file`, what came of it. True if there was no mismatch."""
-    given = {"--nproc": world.size if world.size > 1 else None, "--ranks": ",".join(map(str, sizes or ())), "--kernel": kernel}
-    given |= {"--length": length}
-    options = "".join(f" {name} {value}" for name, value in given.items() if value and not (name == "--ranks" and world.size > 1))
-    tally, start = Tally(), time.monotonic()
-    for seed in range(first, first + count):
-        case, replay = (
-            draw(seed, world.device, sizes or RANKS, kernel=kernel, longest=length),
-            f"distflash verify --fuzz 1 --seed {seed}{options}",
-        )
-        verdict, what = judge(case, world)
-        tally.add(case, verdict, what, replay)
-        if world.is_main and (verdict == "wrong" or count == 1):
-            print(f"{verdict} {what}\n  {case}\n  {replay}", flush=True)
-    seconds = time.monotonic() - start
+    world: World, count: int, first: int, *, sizes: Sequence[int] | None, kernel: str | None, length: int | None, file: Path | None,
+    jobs: int | None = None, seconds: float | None = None,
+) -> bool:  # fmt: skip
+    """Judge the cases of `count` seeds; print, and append to `file`, what came of it. True if all that were judged, at least one, passed.
+
+    `jobs`: in so many processes of one rank each, else in this one. No case begins after `seconds`, for which no other rank may wait.
+    """
+    start, seeds, given, tally = time.monotonic(), range(first, first + count), Given(sizes, kernel, length), Tally()
+    until = math.inf if seconds is None else start + seconds
+    if jobs is None:
+        tally.merge(judged(world, seeds, given, until))
+    else:
+        for part in _side_by_side(jobs, seeds, given, until):
+            tally.merge(part)
+        tally.mismatches.sort(key=lambda found: found["seed"])
+    seconds, cases = time.monotonic() - start, sum(tally.verdicts.values())
     if world.is_main:
-        print(f"{count} cases, seeds {first} to {first + count - 1}, {seconds:.0f} s ({1e3 * seconds / count:.0f} ms a case)")
+        print(f"{cases} cases, seeds {first} to {first + count - 1}, {seconds:.0f} s ({1e3 * seconds / max(1, cases):.0f} ms a case)")
         print(f"{tally.verdicts['equal']} equal to the oracle, {tally.verdicts['refused']} refused, {len(tally.mismatches)} mismatches")
         for reason, number in tally.refused.most_common():
             print(f"  refused {number}: {reason}")
         if file is not None:
-            _append(file, _record(world, tally, count, first, options, seconds))
-    return not tally.mismatches
+            _append(file, _record(world, tally, seeds, given.options(world), seconds) | ({"jobs": jobs} if jobs else {}))
+    return cases > 0 and not tally.mismatches
 
 
-def _record(world: World, tally: Tally, count: int, first: int, options: str, seconds: float) -> dict[str, Any]:
+def judged(world: World, seeds: range, given: Given, until: float = math.inf) -> Tally:
+    """The cases of `seeds`, by the processes of `world`; none begins after `until` by the monotonic clock."""
+    tally, options = Tally(), given.options(world)
+    for seed in seeds:
+        if time.monotonic() > until:
+            break
+        case = draw(seed, world.device, given.sizes or RANKS, kernel=given.kernel, longest=given.length)
+        verdict, what = judge(case, world)
+        replay = f"distflash verify --fuzz 1 --seed {seed}{options}"
+        tally.add(case, verdict, what, replay)
+        if world.is_main and (verdict == "wrong" or len(seeds) == 1):
+            print(f"{verdict} {what}\n  {case}\n  {replay}", flush=True)
+        if verdict == "wrong" and world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # raises if the device is lost: every later case here would be wrong
+    return tally
+
+
+def _side_by_side(jobs: int, seeds: range, given: Given, until: float) -> Iterator[Tally]:
+    """Of `jobs` processes, each on one GPU in turn, that take the pieces of `seeds` one by one."""
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    gpus = context.SimpleQueue()
+    for job in range(jobs):
+        gpus.put(visible[job % len(visible)])
+    pool = ProcessPoolExecutor(jobs, context, _place, (gpus,))
+    try:
+        yield from (done.result() for done in as_completed([pool.submit(_piece, piece, given, until) for piece in pieces(seeds)]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def pieces(seeds: range) -> list[range]:
+    """Cut where the form of kernels changes."""
+    inner = range((seeds.start // SAME_FORM + 1) * SAME_FORM, seeds.stop, SAME_FORM)
+    return [range(a, b) for a, b in pairwise((seeds.start, *inner, seeds.stop))]
+
+
+def _place(gpus: SimpleQueue[str]) -> None:
+    """Before a process of _side_by_side touches a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    torch.set_num_threads(1)
+
+
+@cache
+def _own_world() -> World:
+    return distflash.init()
+
+
+def _piece(seeds: range, given: Given, until: float) -> Tally:
+    return judged(_own_world(), seeds, given, until)
+
+
+def _record(world: World, tally: Tally, seeds: range, options: str, seconds: float) -> dict[str, Any]:
     return {
-        "cases": count,
-        "first_seed": first,
+        "cases": sum(tally.verdicts.values()),
+        "first_seed": seeds.start,
+        "last_seed": seeds.stop - 1,
         "options": options.strip(),
         "equal": tally.verdicts["equal"],
         "refused": dict(tally.refused),

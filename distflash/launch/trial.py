@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,11 +108,12 @@ def inputs(
     dtype: torch.dtype = torch.float64,
     generator: torch.Generator | None = None,
 ) -> Inputs:
-    """Normal random numbers, made in `dtype`."""
+    """Normal random numbers, rounded to `dtype`, on the generator's device."""
+    device = None if generator is None else generator.device
     keys, v_dim = tokens if k_tokens is None else k_tokens, v_dim or dim
     shapes = ((tokens, heads, dim), (keys, kv_heads, dim), (keys, kv_heads, v_dim), (tokens, heads, v_dim))
-    made = [torch.randn(batch, *shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
-    return Inputs._make([*made, torch.randn(batch, heads, tokens, dtype=torch.float64, generator=generator)])
+    normal = partial(torch.randn, dtype=torch.float64, generator=generator, device=device)
+    return Inputs._make([*(normal(batch, *shape).to(dtype) for shape in shapes), normal(batch, heads, tokens)])
 
 
 def keep_of(call: Call, tokens: int, k_tokens: int | None = None) -> Tensor:

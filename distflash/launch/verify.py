@@ -88,6 +88,10 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the inputs and the documents; --fuzz: of the first case.")] = 0,
     fuzz: Annotated[int | None, typer.Option(min=1, help="Try so many random cases instead, one a seed.", show_default=False)] = None,
     record: Annotated[Path | None, typer.Option(help="Append what --fuzz found to this JSON file.", show_default=False)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="--fuzz: in so many processes side by side, on each GPU in turn.", show_default=False)
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="--fuzz: begin no case after so many.", show_default=False)] = None,
 ) -> None:
     """Compare every scheme and kernel of this machine with fp64 dense attention; exit code 1 if one is wrong."""
     import torch
@@ -98,10 +102,12 @@ def verify(
 
     if kernel is not None and kernel not in KERNELS:
         raise typer.BadParameter(f"--kernel {kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}")
-    if record is not None and fuzz is None:
-        raise typer.BadParameter("--record FILE is where --fuzz N writes what it found: give both")
+    for name, value in {"--record": record, "--jobs": jobs, "--seconds": seconds}.items():
+        if value is not None and fuzz is None:
+            raise typer.BadParameter(f"{name} {value} says how --fuzz N works: give both")
     sizes = _sizes(ranks or "1,2,3,4")
     if nproc is not None:
+        _refuse_alone(jobs, seconds, nproc)
         if ranks is not None:
             raise typer.BadParameter("--ranks are threads of one process, --nproc are processes: give one of them")
         given = {"--length": length, "--kernel": kernel, "--fuzz": fuzz, "--record": record and record.absolute()}
@@ -109,6 +115,7 @@ def verify(
         raise typer.Exit(launch(["-m", "distflash"], ["verify", "--seed", str(seed), *options], nproc))
     world = distflash.init()
     if world.size > 1:
+        _refuse_alone(jobs, seconds, world.size)
         if ranks is not None:
             raise typer.BadParameter(f"--ranks are threads of one process, but a launcher started {world.size}: leave it out")
         sizes = [world.size]
@@ -118,7 +125,8 @@ def verify(
         from distflash.launch.fuzz import fuzzed
 
         chosen = sizes if world.size > 1 or ranks is not None else None
-        raise typer.Exit(0 if fuzzed(world, fuzz, seed, sizes=chosen, kernel=kernel, length=length, file=record) else 1)
+        found = fuzzed(world, fuzz, seed, sizes=chosen, kernel=kernel, length=length, file=record, jobs=jobs, seconds=seconds)
+        raise typer.Exit(0 if found else 1)
     report, moved = Report(world, sizes), wires(world)
     for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
         able, refused = serving(case, world.device, kernel)
@@ -131,6 +139,15 @@ def verify(
             report.say(f"{case}: done, {report.count} comparisons so far, {len(report.failures)} out of budget")
     report.print()
     raise typer.Exit(1 if report.failures or not report.count else 0)
+
+
+def _refuse_alone(jobs: int | None, seconds: float | None, processes: int) -> None:
+    """Raise if an option is given that is for cases of one process."""
+    for name, value in {"--jobs": jobs, "--seconds": seconds}.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"{name} {value} is for ranks that are threads, but {processes} processes share each case: leave it out"
+            )
 
 
 def _sizes(ranks: str) -> list[int]:

@@ -1,6 +1,7 @@
 """`distflash verify --fuzz`: random problems equal the oracle; a wrong, refused or crashed one is a mismatch that its seed brings back."""
 
 import json
+import time
 from collections import Counter
 from itertools import count
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ import torch
 
 import distflash
 from distflash.kernels import eager
+from distflash.kernels.triton.configs import Config
+from distflash.kernels.triton.kernel import TritonKernel
+from distflash.launch import draw as drawing
 from distflash.launch import fuzz
-from distflash.launch.draw import draw
+from distflash.launch.draw import SAME_FORM, draw
 from distflash.launch.trial import Call, inputs, noise_of, on_ranks, truth_of
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
-from distflash.testing import errors, spmd_processes
+from distflash.testing import errors, spmd, spmd_processes
 
 CPU = torch.device("cpu")
 ALONE = SimpleNamespace(size=1, device=CPU, is_main=True)
@@ -51,6 +55,81 @@ def test_a_seed_alone_determines_its_case():
     second = draw(7, CPU)
     assert str(first) == str(second) and all(torch.equal(a, b) for a, b in zip(first.x, second.x, strict=True))
     assert str(draw(8, CPU)) != str(first)
+
+
+def _form(case):
+    call, x = case.call, case.x
+    variants = call.softcap, call.dropout_p, call.slopes is None, call.deterministic, call.strides
+    return x.q.dtype, x.q.shape[2:], x.k.shape[2:], x.v.shape[3], call.mask is not None, variants
+
+
+def test_on_a_gpu_seeds_on_end_share_what_kernels_are_compiled_for_and_nothing_else(monkeypatch):
+    apart = {_form(draw(seed, CPU, longest=20)) for seed in range(20)}
+    assert len(apart) == 20
+    of_gpu = drawing._generators
+    monkeypatch.setattr(drawing, "_generators", lambda seed, kind: of_gpu(seed, "cuda"))
+    blocks = [[draw(SAME_FORM * n + at, CPU, longest=20) for at in (0, *range(1, SAME_FORM, 9), SAME_FORM - 1)] for n in range(6)]
+    assert all(len({_form(case) for case in block}) == 1 for block in blocks)
+    assert len({_form(block[0]) for block in blocks}) == 6
+    for name in ("layout", "order", "documents", "wanted", "wire"):
+        assert all(len({getattr(case.call, name) for case in block}) > 1 for block in blocks), name
+    assert all(len({(case.ranks, case.x.q.shape[1]) for case in block}) > 5 for block in blocks)
+
+
+def test_pieces_are_cut_where_the_form_changes():
+    n = SAME_FORM
+    assert fuzz.pieces(range(3 * n)) == [range(n), range(n, 2 * n), range(2 * n, 3 * n)]
+    assert fuzz.pieces(range(n - 1, n + 5)) == [range(n - 1, n), range(n, n + 5)]
+    assert fuzz.pieces(range(7, 9)) == [range(7, 9)]
+
+
+def test_processes_side_by_side_judge_what_one_does(tmp_path, capsys):
+    file, count, first = tmp_path / "runs.json", 30, SAME_FORM - 12
+    for jobs in (None, 2):
+        assert fuzz.fuzzed(ALONE, count, first, **PLAIN | {"kernel": "eager", "length": 20, "file": file, "jobs": jobs})
+    one, two = json.loads(file.read_text())["runs"]
+    assert two["jobs"] == 2 and two["cases"] == count
+    for name in ("cases", "equal", "refused", "mismatches", "first_seed", "last_seed", "options"):
+        assert one[name] == two[name], name
+    assert {axis: dict(counts) for axis, counts in one["covered"].items()} == two["covered"]
+
+
+def test_mismatches_of_every_piece_are_told(monkeypatch):
+    right = eager.EagerKernel.forward
+    monkeypatch.setattr(eager.EagerKernel, "forward", lambda self, *args, **more: right(self, *args, **more)._replace(out=torch.ones(())))
+    parts = [fuzz.judged(ALONE, range(n, n + 3), fuzz.Given(None, "eager", 20)) for n in (40, 43)]
+    whole = fuzz.Tally()
+    for part in parts:
+        whole.merge(part)
+    assert [m["seed"] for m in whole.mismatches] == [m["seed"] for part in parts for m in part.mismatches] and whole.mismatches
+    assert sum(whole.verdicts.values()) == 6
+
+
+def test_no_case_begins_after_the_time_that_is_given_and_none_at_all_is_no_success(tmp_path, capsys):
+    file = tmp_path / "runs.json"
+    assert not fuzz.fuzzed(ALONE, 5, 0, **PLAIN | {"file": file, "seconds": 0.0})
+    (run,) = json.loads(file.read_text())["runs"]
+    assert (run["cases"], run["equal"], run["mismatches"]) == (0, 0, [])
+    assert "0 cases" in capsys.readouterr().out
+
+
+def test_of_ranks_that_are_threads_one_compiles_at_a_time():
+    """Triton has no lock: each that finds a kernel missing compiles it."""
+    active, most = [], []
+
+    class Slow:
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, **options):
+            active.append(1)
+            most.append(len(active))
+            time.sleep(0.01)
+            active.pop()
+
+    on = torch.ones(1)
+    spmd(4, lambda group: TritonKernel._launch(Slow(), on, 1, Config(16, 16, 4, 1)))
+    assert most == [1] * 4
 
 
 def test_everything_is_drawn():

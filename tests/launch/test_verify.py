@@ -51,6 +51,10 @@ def test_a_wrong_kernel_gives_exit_code_1_and_is_named(verify, monkeypatch, name
         (["--ranks", "0"], ["--ranks", "'0'"]),
         (["--ranks", "2", "--nproc", "2"], ["--ranks", "--nproc"]),
         (["--record", "found.json"], ["--record", "--fuzz"]),
+        (["--jobs", "2"], ["--jobs 2", "--fuzz"]),
+        (["--seconds", "9"], ["--seconds 9", "--fuzz"]),
+        (["--fuzz", "5", "--jobs", "3", "--nproc", "2"], ["--jobs 3", "2 processes"]),
+        (["--fuzz", "5", "--seconds", "3", "--nproc", "2"], ["--seconds 3", "2 processes"]),
     ],
 )
 def test_what_cannot_be_done_is_said(verify, words, fragments):
