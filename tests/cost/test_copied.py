@@ -76,7 +76,7 @@ def test_copies_are_no_slower_than_messages_over_the_same_link():
 
 
 def test_it_is_what_two_gpus_took():
-    """Forward within 16 %, both passes within 15 %, the medians within 12 and 9 %: too fast, as an H100's newer kernels are, and for one H200 too."""
+    """Forward within 16 %, both passes within 15 %, the medians within 12 and 9 %: too fast, the rates are of newer kernels."""
     from benchmarks.bench_model import predict  # a mutant has no benchmarks
     from benchmarks.record import RESULTS
 

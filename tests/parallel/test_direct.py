@@ -120,10 +120,11 @@ def test_a_piece_is_not_overwritten_before_it_is_released():
     assert spmd(2, work)[1] == [[n] * 8 for n in range(20)]
 
 
-def test_what_is_given_twice_is_an_error_and_whoever_waits_for_a_lost_rank_is_woken():
-    with pytest.raises(AssertionError, match="given twice"):
-        window = LocalGroup(2).wire(0).window("numbers", 8)
-        window.give(1)
+def test_what_is_given_without_asking_is_an_error_and_whoever_waits_for_a_lost_rank_is_woken():
+    window = LocalGroup(2).wire(0).window("numbers", 8)
+    window.writable(1)
+    window.give(1)
+    with pytest.raises(AssertionError, match="had not been asked"):
         window.give(1)
 
     def work(wire):

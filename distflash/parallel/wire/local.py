@@ -144,6 +144,7 @@ class LocalWindow:
 
     def __init__(self, group: LocalGroup, memory: LocalMemory, rank: int):
         self.group, self.memory, self.rank = group, memory, rank
+        self.asked: set[int] = set()  # for whom we may write
 
     def of(self, rank: int) -> Tensor:
         return self.memory.pieces[rank]
@@ -151,11 +152,13 @@ class LocalWindow:
     def writable(self, *ranks: int) -> None:
         for rank in ranks:
             self._wait(self.memory.free, (self.rank, rank))
+            self.asked.add(rank)
 
     def give(self, *ranks: int) -> None:
         with self.group.changed:
             for pair in [(self.rank, rank) for rank in ranks]:
-                assert pair in self.memory.free and pair not in self.memory.full, f"{pair} was given twice"
+                assert pair[1] in self.asked, f"{pair} was given, and it had not been asked whether it may be written"
+                self.asked.remove(pair[1])
                 self.memory.free.remove(pair)
                 self.memory.full.add(pair)
             self.group.changed.notify_all()
