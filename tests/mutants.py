@@ -132,7 +132,7 @@ MUTANTS = {
         "kernels/hopper/forward.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
         "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),
     "a part of out overwrites the one that is leaving": Mutant(
-        "kernels/hopper/forward.py", "        if OWN:\n            tma.store_wait(0)\n", "",
+        "kernels/hopper/out.py", "        if OWN:\n            tma.store_wait(0)\n", "",
         "kernels/test_hopper_forward.py::test_rows_that_share_a_box_of_out_with_another_document_are_left_alone"),
     "kernels read keys that nobody sees": Mutant(
         "parallel/autograd.py", "if not self.unseen:", "if self.scale:", "parallel/test_unseen.py"),

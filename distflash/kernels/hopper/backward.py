@@ -26,8 +26,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper import configs
+from distflash.kernels.hopper.common import again, as_operand, lines, tile_of
 from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_load, tma_reduce_add, tma_store
-from distflash.kernels.hopper.forward import again, as_operand, lines, tile_of
 
 HALVES = gl.constexpr(configs.HALVES)
 REDUCER = gl.constexpr(configs.REDUCER)

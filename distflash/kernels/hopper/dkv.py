@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper.backward import band, extent, n_segments, place, probabilities, producer, segment_of, store_keys
-from distflash.kernels.hopper.forward import again, as_operand, tile_of
+from distflash.kernels.hopper.common import again, as_operand, tile_of
 
 
 @gluon.jit

@@ -25,45 +25,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.compat import tma_load, tma_store
-
-
-@gluon.jit
-def again(x):
-    """x, hidden from the optimiser: what follows from it is computed anew, not kept in registers (spilled) over the main loop,
-    nor computed before the kernel parts into its partitions (and spilled there)."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def entry(r, order, rounds):
-    """Where round r of this program stands in Schedule.order. The host has dealt the items out so that every program gets the same work."""
-    return order + 16 * (gl.program_id(0) * again(rounds) + r)
-
-
-@gluon.jit
-def line_of(dealt, r):
-    """Item r's line of Schedule.order, from shared memory, all of it in every thread; to be read once the item's Q is there."""
-    return dealt.index(2 * (again(r) % 2)).load(gl.BlockedLayout([16], [32], [4], [0]))
-
-
-@gluon.jit
-def number(line, n: gl.constexpr):
-    """Number n of a line: no instruction, for the thread has each in a register."""
-    return gl.sum(gl.where(gl.arange(0, 16, layout=line.type.layout) == n, line, 0), 0)
-
-
-@gluon.jit
-def tile_of(i, left, inner, masked):
-    """Column tile of step i of a backward: the masked ones on the left, those on the right, then the inner ones."""
-    return gl.where(i < left, i, gl.where(i < masked, i + inner, i - masked + left))
-
-
-@gluon.jit
-def from_right(i, left, inner, masked):
-    """Column tile of step i of a forward: the masked ones on the right, the last first; those on the left; then the inner ones."""
-    right = masked - left
-    return gl.where(i < right, masked + inner - 1 - i, gl.where(i < masked, i - right, i - masked + left))
+from distflash.kernels.hopper.common import again, as_operand, entry, lines
+from distflash.kernels.hopper.compat import tma_load
+from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
+from distflash.kernels.hopper.out import leave, scaled, stage
 
 
 @gluon.jit
@@ -83,31 +48,10 @@ def weights(s, qs, top):
 
 
 @gluon.jit
-def as_operand(x, dtype: gl.constexpr, o_l: gl.constexpr):
-    """Probabilities as the register operand of PV: a cast, no data moves between threads."""
-    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, o_l, 2))
-
-
-@gluon.jit
 def cast(x, k, acc):
     """as_operand for every part of acc: how P lies in registers does not depend on their widths."""
     o_l: gl.constexpr = acc[0].type.layout
     return as_operand(x, k[0].dtype, o_l)
-
-
-@gluon.jit
-def times(x, factor):
-    """The rows of one part times `factor`."""
-    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
-def scaled(acc, factor):
-    """`times` of every part."""
-    new = (times(acc[0], factor),)
-    for c in gl.static_range(1, len(acc)):
-        new = new + (times(acc[c], factor),)
-    return new
 
 
 @gluon.jit
@@ -179,97 +123,10 @@ def step(MASK: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, 
 
 
 @gluon.jit
-def lines(layout: gl.constexpr):
-    """0 .. 63. Of these a thread holds two, 8 apart: one register over the main loop, not two, of which three consumers would spill one."""
-    i = gl.arange(0, 64, layout=layout)
-    return again(i & 0x37) + (i & 8)
-
-
-@gluon.jit
-def segment(line, segments, n):
-    """A line of an item with its segment n in place of its first."""
-    i = gl.arange(0, 16, layout=line.type.layout)
-    return gl.load(segments + (8 * (number(line, 4) + n - 1) + i), mask=(n > 0) & (i >= 8), other=line)
-
-
-@gluon.jit
-def bounds(line, rows):
-    """The segment of a line: first column, the columns low <= j < high that each of these rows keeps, tiles."""
-    low = rows + number(line, 10)
-    high = gl.minimum(rows + number(line, 11) + 1, number(line, 9))
-    return number(line, 8), low, high, number(line, 12), number(line, 13), number(line, 14)
-
-
-@gluon.jit
-def places(b, h, start, stop, heads, t, FIRST: gl.constexpr, DV: gl.constexpr, layout: gl.constexpr, W: gl.constexpr, HIDE: gl.constexpr):
-    """Where 64 rows of a part stand in contiguous [B, T, H, DV], and which of it is there."""
-    rows = start + lines(gl.SliceLayout(1, layout))
-    cols = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
-    cols = FIRST + (again(cols) if HIDE else cols)
-    line = (b.to(gl.int64) * t * heads + h) * DV + rows.to(gl.int64) * (heads * DV)  # B * T * H * DV may pass 2^31
-    inside = rows[:, None] < stop
-    if FIRST + W > DV:
-        inside = inside & (cols[None, :] < DV)
-    return line[:, None] + cols[None, :], inside
-
-
-@gluon.jit
-def write(O, A, b, h, start, stop, heads, t, acc, new, old, FIRST: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr,
-    HIDE: gl.constexpr
-):  # fmt: skip
-    """One part, columns from FIRST on, of 64 rows of contiguous [B, T, H, DV]: O = acc * new, plus A * old if there is one."""
-    layout: gl.constexpr = acc.type.layout
-    W: gl.constexpr = acc.type.shape[1]
-    r_l: gl.constexpr = gl.SliceLayout(1, layout)
-    gl.static_assert(FIRST < DV)  # the compiler removes a product that nobody stores, and step's wait would count one that is not there
-    acc = acc * gl.convert_layout(new, r_l)[:, None]
-    if HAS_ACC:
-        at, inside = places(b, h, start, stop, heads, t, FIRST, DV, layout, W, HIDE)
-        acc += gl.load(A + at, mask=inside, other=0.0) * gl.convert_layout(old, r_l)[:, None]
-    at, inside = places(b, h, again(start), again(stop), heads, t, FIRST, DV, layout, W, HIDE)  # anew: or these are registers meanwhile
-    gl.store(O + at, acc.to(O.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def leave(O, A, b, h, start, stop, heads, t, acc, new, old, v, DV: gl.constexpr, HAS_ACC: gl.constexpr):
-    """`write` of every part."""
-    W: gl.constexpr = v[0].shape[2]
-    # where rows are padded they cannot be stored in wider words: there columns, too, are hidden from what is computed early
-    HIDE: gl.constexpr = HAS_ACC and (W if len(v) == 1 else W + v[1].shape[2]) > DV
-    write(O, A, b, h, start, stop, heads, t, acc[0], new, old, 0, DV, HAS_ACC, HIDE)
-    if len(acc) == 2:  # after the first part's store, from addresses of its own: the registers of one part at a time
-        write(O, A, b, h, again(start), stop, heads, t, acc[1], new, old, W, DV, HAS_ACC, HIDE)
-
-
-@gluon.jit
 def zeros(columns):
     """An accumulator for one part of V."""
     D: gl.constexpr = columns.shape[2]
     return gl.zeros([64, D], gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
-
-
-@gluon.jit
-def stage(out, desc_o, desc_o2, way, mine, OWN: gl.constexpr, b, h, start):
-    """Out of 64 rows by way of shared memory, from where a copy is still leaving on return: of Q, which nobody reads any more, or of a
-    buffer of their OWN for one part, from where the copy before has to have left."""
-    for c in gl.static_range(len(out)):
-        place = way[0 if OWN else c].index(mine)
-        if OWN:
-            tma.store_wait(0)
-        place.store(out[c].to(place.dtype))
-        fence_async_shared()
-        if c == 0:
-            tma_store(desc_o, [b, h, start, 0], place)
-        else:
-            tma_store(desc_o2, [b, h, start, desc_o.block_shape[3]], place)
-
-
-@gluon.jit
-def spared(line, cid: gl.constexpr):
-    """What an item spares this consumer's rows: (1 if they reach nothing of its first tile, 1 if they need no mask in the last of the
-    masked ones)."""
-    bits = number(line, 7) >> cid
-    return bits & 1, (bits >> 8) & 1
 
 
 @gluon.jit
