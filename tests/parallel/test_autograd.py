@@ -186,3 +186,10 @@ def test_a_scheme_lives_as_long_as_a_backward_needs_it():
     gc.collect()  # the sequence is gone, and with it the plan
     out.sum().backward()
     assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (x.requires_grad_() for x in inputs(S)[:3])
+    (grad,) = torch.autograd.grad(distflash.attention(q, k, v, causal=True).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"attention_backward\.default but no autograd formula"):
+        torch.autograd.grad(grad.sum(), k)
