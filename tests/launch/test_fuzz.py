@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 
 import distflash
 from distflash.kernels import eager
+from distflash.kernels.hopper import tma
 from distflash.kernels.triton.configs import Config
 from distflash.kernels.triton.kernel import TritonKernel
 from distflash.launch import draw as drawing
@@ -113,7 +115,7 @@ def test_no_case_begins_after_the_time_that_is_given_and_none_at_all_is_no_succe
     assert "0 cases" in capsys.readouterr().out
 
 
-def test_of_ranks_that_are_threads_one_compiles_at_a_time():
+def test_of_ranks_that_are_threads_one_compiles_at_a_time(monkeypatch):
     """Triton has no lock: each that finds a kernel missing compiles it."""
     active, most = [], []
 
@@ -121,7 +123,7 @@ def test_of_ranks_that_are_threads_one_compiles_at_a_time():
         def __getitem__(self, grid):
             return self.launch
 
-        def launch(self, **options):
+        def launch(self, *args, **options):
             active.append(1)
             most.append(len(active))
             time.sleep(0.01)
@@ -129,7 +131,9 @@ def test_of_ranks_that_are_threads_one_compiles_at_a_time():
 
     on = torch.ones(1)
     spmd(4, lambda group: TritonKernel._launch(Slow(), on, 1, Config(16, 16, 4, 1)))
-    assert most == [1] * 4
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    spmd(4, lambda group: tma.launch(Slow(), (1,), on))
+    assert most == [1] * 8
 
 
 def test_everything_is_drawn():

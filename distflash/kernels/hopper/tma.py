@@ -6,7 +6,6 @@ Legend: B batch, T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from triton.experimental.gluon.language import bfloat16, float16, float32, int32
 
 from distflash.kernels.box import heads_first, readable
 from distflash.kernels.hopper.compat import NVMMASharedLayout, TensorDescriptor
+from distflash.kernels.launching import LAUNCHING
 
 _DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32, torch.int32: int32}
-_LAUNCHING = threading.Lock()  # ranks that are threads would each compile a kernel that is not there yet
 _L2_BYTES = 28 << 20  # of the heads that are worked on at once; H100's L2 is 50 MB
 
 
 def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
     """On the device of the first argument, which need not be the current one."""
-    with _LAUNCHING, torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
+    with LAUNCHING, torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
         kernel[grid](first, *args, **options)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distflash.kernels.base import Partial, Problem, Scores
 from distflash.kernels.box import heads_first, readable
+from distflash.kernels.launching import LAUNCHING
 from distflash.kernels.scores import threshold
 from distflash.kernels.table import column_table, row_table
 from distflash.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel, stats_kernel
@@ -31,7 +31,6 @@ from distflash.tile import Tiles
 INTERPRETED = not isinstance(forward_kernel, JITFunction)  # Triton chose when the kernels were decorated
 _LOG2E = math.log2(math.e)
 _DELTA_ROWS = 32
-_LAUNCHING = threading.Lock()  # of ranks that are threads, one compiles a kernel and the others find it: Triton would let each compile
 
 
 class TritonKernel:
@@ -178,7 +177,7 @@ class TritonKernel:
         """Launch on the tensor's own device, which need not be the current one."""
         if programs == 0:
             return
-        with _LAUNCHING, torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        with LAUNCHING, torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
 
 
