@@ -4,9 +4,10 @@
               their segments and tiles of BM queries (schedule.py's work list, transposed: rows are keys, columns are queries)
     consumer  64 of the keys. Sᵀ = K Qᵀ and dPᵀ = V dOᵀ live in registers, and as P and dS are the register operands of
               dV += P dO and dK += dS Q; dS also goes through shared memory, as dQ sums over both consumers
-    DQ        who computes dQ. HALVES: each consumer half of it (half the columns; half the rows where BM is 128), after a barrier
-              of both. REDUCER: a third warpgroup, so that the consumers never wait for each other, nor for dQ's way out; it takes
-              the registers that D = 128 needs. NONE: dK and dV alone, bit-equal from run to run; dq.py computes dQ then
+    DQ        who computes dQ. HALVES: each consumer half of its columns, after a barrier of both. REDUCER: a third warpgroup, so that
+              the consumers never wait for each other, nor for dQ's way out; it takes the registers that D = 128 needs. NONE: dK and
+              dV alone, bit-equal from run to run; dq.py computes dQ then. It is computed as dQᵀ = Kᵀ dSᵀ: a warp that stores that in
+              TMA's swizzle meets every bank once, where dQ, two columns a thread, meets each twice
     KV_REGS   K and V are register operands of Sᵀ and dPᵀ: a third less shared memory is read. 32 registers at D = 64
     stats     -lse in base 2 (-inf where a row saw no key, so that its P is 0) and -delta, one fp32 vector each; a tile's slice of
               them travels with Q and dO into shared memory and is read just before use: kept in registers they spill
@@ -31,6 +32,7 @@ from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_load,
 
 HALVES = gl.constexpr(configs.HALVES)
 REDUCER = gl.constexpr(configs.REDUCER)
+NONE = gl.constexpr(configs.NONE)
 
 
 @gluon.jit
@@ -55,31 +57,28 @@ def exponentials(MASK: gl.constexpr, s, nlse, qs, n0, low, high):
     """`probabilities`, nlse in registers."""
     s_l: gl.constexpr = s.type.layout
     BM: gl.constexpr = s.type.shape[1]
-    if MASK:
+    if MASK:  # not common.kept, whose constants take registers here: 2 % at D = 128
         cols = n0 + gl.arange(0, BM, layout=gl.SliceLayout(0, s_l))
         s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
     return gl.exp2(gl.fma(s, qs, nlse[None, :]))
 
 
 @gluon.jit
-def send_dq(cid: gl.constexpr, desc_dq, dq_s, dq, scale, b, h, n0, FOLD: gl.constexpr, SPLIT_M: gl.constexpr, D: gl.constexpr):
-    """Add this consumer's half of dQ to global memory; the copy out overlaps with what follows."""
+def send_dq(desc_dq, dq_s, dqt, scale, b, h, row, column, PENDING: gl.constexpr, FOLD: gl.constexpr):
+    """Add a piece of dQ, given transposed, to global memory; the copy out overlaps with what follows. PENDING copies may still read."""
     if not FOLD:
-        dq = dq * scale
-    tma.store_wait(0)  # the last step's copy has read the buffer
-    dq_s.store(dq)
+        dqt = dqt * scale
+    tma.store_wait(PENDING)  # the copy that had this buffer has read it
+    dq_s.permute([1, 0]).store(dqt)
     fence_async_shared()
-    if SPLIT_M:
-        tma_reduce_add(desc_dq, [b, h, n0 + cid * 64, 0], dq_s)
-    else:
-        tma_reduce_add(desc_dq, [b, h, n0, cid * (D // 2)], dq_s)
+    tma_reduce_add(desc_dq, [b, h, row, column], dq_s)
 
 
 @gluon.jit
 def step(
-    cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, SPLIT_M: gl.constexpr,
+    cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr,
     PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr,
-    DQ: gl.constexpr, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs,
+    DQ: gl.constexpr, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs,
     scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
     """The next tile of queries; `state` counts them, modulo 16.
@@ -101,8 +100,7 @@ def step(
         k = kb.index(again(0))
         ks = k.slice(cid * 64, 64, 0)
         vs = vb.index(again(0)).slice(cid * 64, 64, 0)
-        if not SPLIT_M:
-            kd = k.slice(cid * (D // 2), D // 2, 1)
+        kd = k.slice(cid * (D // 2), D // 2, 1)
     if not OVERLAP:
         mbarrier.wait(qf.index(slot), parity)
         st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
@@ -152,10 +150,7 @@ def step(
             mbarrier.arrive(dsf.index(it % 2), count=1)
     dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
     if DQ == HALVES:
-        if SPLIT_M:
-            dqt = warpgroup_mma(mine.slice(cid * 64, 64, 1).permute([1, 0]), kd, zq, use_acc=False, is_async=True)
-        else:
-            dqt = warpgroup_mma(mine.permute([1, 0]), kd, zq, use_acc=False, is_async=True)
+        dqt = warpgroup_mma(kd.permute([1, 0]), mine, zs, use_acc=False, is_async=True)
     SOON: gl.constexpr = LATE or (PROMPT and OVERLAP)  # P's operand goes before the next Sᵀ comes
     if SOON and DQ == HALVES:
         dv, pb = warpgroup_mma_wait(1, deps=[dv, pb])
@@ -173,7 +168,7 @@ def step(
             dv, pb, dq = warpgroup_mma_wait(behind, deps=[dv, pb, dqt])
             if not NAMED:
                 mbarrier.arrive(doe.index(slot), count=1)
-        send_dq(cid, desc_dq, dq_s, dq, scale, b, h, n0, FOLD, SPLIT_M, D)
+        send_dq(desc_dq, dq_s, dq, scale, b, h, n0, cid * (D // 2), 0, FOLD)
     else:
         dv, pb = warpgroup_mma_wait(behind, deps=[dv, pb])
         if not NAMED:
@@ -289,24 +284,17 @@ def consumer(
     PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
-    SPLIT_M: gl.constexpr = BM == 128
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     kv_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    HALF: gl.constexpr = D if SPLIT_M else D // 2
-    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     r_l: gl.constexpr = gl.SliceLayout(1, s_l)
     gl.static_assert(16 % (2 * NB) == 0)
     dk = gl.zeros([64, D], gl.float32, layout=kv_l)
     dv = gl.zeros([64, D], gl.float32, layout=kv_l)
     zs = gl.zeros([64, BM], gl.float32, layout=s_l)
-    zq = gl.zeros([64, HALF], gl.float32, layout=q_l)
     k = kb.index(0)
     ks = k.slice(cid * 64, 64, 0)
     vs = vb.index(0).slice(cid * 64, 64, 0)
-    if SPLIT_M:
-        kd = k
-    else:
-        kd = k.slice(cid * HALF, HALF, 1)
+    kd = k.slice(cid * (D // 2), D // 2, 1)
     dq_s = dqb.index(cid)
     state = 0  # segments done * 16 + tiles done % 16: one register, where two would spill
     s = zs
@@ -326,15 +314,15 @@ def consumer(
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, SPLIT_M, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
-                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, n0, low, high, D, NB
+                cid, True, OVERLAP, True, FOLD, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, SPLIT_M, PROMPT, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
-                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, zq, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
+                cid, False, OVERLAP, LATE, FOLD, PROMPT, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
     if not FOLD:
@@ -352,11 +340,8 @@ def reducer(
     desc_dq, kb, dsb, dqb, kvf, dsf, dse, blocks, segments, scale, busy, per, kv_heads, group, BM: gl.constexpr, D: gl.constexpr,
     FOLD: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
-    """dQ = dS K of every step, 64 x 64 at a time, and its way out through two buffers."""
-    q_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    WIDE: gl.constexpr = D // 64
-    PIECES: gl.constexpr = BM // 64 * WIDE
-    zq = gl.zeros([64, 64], gl.float32, layout=q_l)
+    """dQᵀ = Kᵀ dSᵀ of every step, and its way out through two buffers."""
+    zq = gl.zeros([D, BM], gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16]))
     k = kb.index(0)
     block, b, kv = place(busy, per, kv_heads)
     seg = gl.load(blocks + 4 * block + 2)
@@ -373,19 +358,10 @@ def reducer(
                     named_barrier("sync", 13 + slot, 384)
                 else:
                     mbarrier.wait(dsf.index(slot), (it // 2) & 1)
-                for c in gl.static_range(PIECES):
-                    ds = dsb.index(slot).slice(c // WIDE * 64, 64, 1).permute([1, 0])
-                    dq = warpgroup_mma(ds, k.slice(c % WIDE * 64, 64, 1), zq, use_acc=False, is_async=True)
-                    dq = warpgroup_mma_wait(0, deps=[dq])
-                    if c == PIECES - 1:
-                        mbarrier.arrive(dse.index(slot), count=1)
-                    if not FOLD:
-                        dq = dq * scale
-                    out = dqb.index((it * PIECES + c) % 2)
-                    tma.store_wait(1)  # the copy before the last has read its buffer
-                    out.store(dq)
-                    fence_async_shared()
-                    tma_reduce_add(desc_dq, [b, h, n0 + c // WIDE * 64, c % WIDE * 64], out)
+                dqt = warpgroup_mma(k.permute([1, 0]), dsb.index(slot), zq, use_acc=False, is_async=True)
+                dqt = warpgroup_mma_wait(0, deps=[dqt])
+                mbarrier.arrive(dse.index(slot), count=1)
+                send_dq(desc_dq, dqb.index(slot), dqt, scale, b, h, n0, 0, 1, FOLD)
                 it += 1
     tma.store_wait(0)
 
@@ -455,23 +431,21 @@ def backward_kernel(
     HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
-    desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64] for a
-    reducer, else [BM, D / 2], or [64, D] where BM is 128;
+    desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64];
     DK, DV [B, Tk, Hk, COLUMNS or COLUMNS_V], contiguous; desc_dk, desc_dv: of these, boxes [64, D], or None: all by direct stores;
     D is the smallest tile that holds both."""
     dtype: gl.constexpr = desc_q.dtype
-    DQ_SIDE: gl.constexpr = 64 if DQ == REDUCER else (D if BM == 128 else D // 2)
     ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
     kl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], dtype)
     sl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BM], dtype)
-    dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DQ_SIDE], gl.float32)
+    dl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
     tl: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     kb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
     vb = gl.allocate_shared_memory(dtype, [1, 128, D], kl)
     qb = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
     dob = gl.allocate_shared_memory(dtype, [NB, BM, D], ql)
     dsb = gl.allocate_shared_memory(dtype, [2, 128, BM], sl)
-    dqb = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_SIDE], dl)
+    dqb = gl.allocate_shared_memory(gl.float32, [2, 64, 64], dl)
     st_b = gl.allocate_shared_memory(gl.float32, [2 * NB, BM], tl)
     bl: gl.constexpr = mbarrier.MBarrierLayout()
     kvf = gl.allocate_shared_memory(gl.int64, [1, 1], bl)
@@ -492,6 +466,7 @@ def backward_kernel(
         mbarrier.init(dse.index(i), count=1)
     fence_async_shared()
     gl.static_assert(NB == 2 or not NAMED)  # numbers 11 and 12
+    gl.static_assert(DQ == NONE or (64 if DQ == REDUCER else 128) == D)  # 64 rows of dQᵀ to whoever computes it
     gl.static_assert(not HIDE or not KV_REGS)
     gl.static_assert(desc_dk is None or (NB >= 2 and BM == 64))
     if DQ == REDUCER:

@@ -33,6 +33,16 @@ def lines(layout: gl.constexpr):
 
 
 @gluon.jit
+def kept(s, n0, low, high):
+    """s of columns low <= j < high, -inf elsewhere; the tile begins at column n0. What of a column's number differs from thread to thread
+    is moved to the bounds, so that a register's own part is a constant of its comparisons."""
+    i = gl.arange(0, s.type.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    mine = n0 + (i & 6)[None, :]
+    i = (i & ~6)[None, :]
+    return gl.where((i >= low[:, None] - mine) & (i < high[:, None] - mine), s, float("-inf"))
+
+
+@gluon.jit
 def as_operand(x, dtype: gl.constexpr, o_l: gl.constexpr):
     """Probabilities as the register operand of PV: a cast, no data moves between threads."""
     return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, o_l, 2))

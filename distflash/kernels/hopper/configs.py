@@ -47,10 +47,6 @@ class KeysConfig:
     max_regs: int = 168
     keys = 128
 
-    def dq_width(self, side: int) -> int:
-        """Columns of the boxes of 64 rows in which dQ leaves, for head tiles of `side`."""
-        return 64 if self.dq == REDUCER else side if self.block_m == 128 else side // 2
-
 
 @dataclass(frozen=True)
 class RolesConfig:
@@ -163,8 +159,6 @@ BACKWARD = {
 _64, _128, _256 = BACKWARD[64, 64], BACKWARD[128, 128], BACKWARD[256, 256]
 BACKWARD_VARIANTS = {
     (64, 64): {
-        "halves": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
-        "halves_overlap": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=False)),
         "kv_in_memory": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, **_REDUCER)),
         "simple": replace(_64, one_pass=KeysConfig(64, 2, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
@@ -184,6 +178,7 @@ BACKWARD_VARIANTS = {
         "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
         "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
         "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "early_named": replace(_128, one_pass=KeysConfig(64, 2, False, False, prompt=True, hide=True, named=True, staged=True)),
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
         "overlap_named": replace(_128, one_pass=KeysConfig(64, 2, True, True, prompt=True, hide=True, named=True, staged=True)),

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper.backward import store_rows
-from distflash.kernels.hopper.common import again, as_operand, entry, tile_of
+from distflash.kernels.hopper.common import again, as_operand, entry, kept, tile_of
 from distflash.kernels.hopper.compat import tma_load
 
 
@@ -44,9 +44,7 @@ def step(
     n0, low, high, NB: gl.constexpr, NBV: gl.constexpr
 ):  # fmt: skip
     """Tile `it`, whose S comes in; S of the next goes out, unless this is the LAST of the item."""
-    s_l: gl.constexpr = zs.type.layout
     q_l: gl.constexpr = dq.type.layout
-    BN: gl.constexpr = zs.type.shape[1]
     it = again(it)
     mine = again(cid)
     q = qb.index(mine)
@@ -56,8 +54,7 @@ def step(
     mbarrier.wait(vf.index(slot_v), (it // NBV) % 2)
     dpt = warpgroup_mma(do, vb.index(slot_v).permute([1, 0]), zs, use_acc=False, is_async=True)
     if MASK:
-        cols = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l))
-        s = gl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
+        s = kept(s, n0, low, high)
     p = gl.exp2(gl.fma(s, qs, nlse[:, None]))
     dp = warpgroup_mma_wait(0, deps=[dpt])
     mbarrier.arrive(ve.index(slot_v), count=1)

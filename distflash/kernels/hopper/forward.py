@@ -25,20 +25,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.common import again, as_operand, entry, lines
+from distflash.kernels.hopper.common import again, as_operand, entry, kept, lines
 from distflash.kernels.hopper.compat import tma_load
 from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
 from distflash.kernels.hopper.out import leave, scaled, stage
-
-
-@gluon.jit
-def kept(s, n0, low, high):
-    """s of columns low <= j < high, -inf elsewhere; the tile begins at column n0. What of a column's number differs from thread to thread
-    is moved to the bounds, so that a register's own part is a constant of its comparisons."""
-    i = gl.arange(0, s.type.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    mine = n0 + (i & 6)[None, :]
-    i = (i & ~6)[None, :]
-    return gl.where((i >= low[:, None] - mine) & (i < high[:, None] - mine), s, float("-inf"))
 
 
 @gluon.jit

@@ -87,7 +87,7 @@ def _keys(config: KeysConfig, x: _Inputs, dtype: torch.dtype, dq: Tensor | None 
     if items:
         launch(
             backward_kernel, (items,), *_key_descriptors(config, x, work.reach),
-            vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, config.dq_width(side)),
+            vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, 64),
             *((descriptor(t, Tk, 64, side) if staged else None) for t in (dk, dv)),
             dk, dv, work.blocks, work.segments, *x.scales,
             work.busy, heads_at_once(B * Hk, 8 * Tq * D * H // Hk), Hk, H // Hk, x.nlse.shape[1], Tk,
