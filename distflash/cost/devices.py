@@ -108,8 +108,8 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 # benchmarks/results/kernels_h100_80gb_hbm3.json: `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair
 _HOPPER = {
-    "forward": {64: Rate(560e12, 2.8), 128: Rate(698e12, 2.0), 256: Rate(749e12, 2.0)},
-    "backward": {64: Rate(554e12, 3.5), 128: Rate(593e12, 3.2), 256: Rate(514e12, 2.4)},
+    "forward": {64: Rate(557e12, 2.7), 128: Rate(682e12, 1.9), 256: Rate(745e12, 1.5)},
+    "backward": {64: Rate(560e12, 3.5), 128: Rate(594e12, 2.7), 256: Rate(483e12, 1.6)},
 }
 
 

@@ -93,7 +93,7 @@ def test_what_is_asked_for_stays_and_what_nothing_is_known_of_is_the_usual_schem
 
 
 def test_what_takes_too_much_memory_is_passed_over(monkeypatch):
-    cu = documents(8, 6000)
+    cu = documents(3, 9000)
     fast = auto.choice(usual(4), ("order", "layout"), cu, None, H200, "p2p")
     assert fast.order == "all_gather"
     monkeypatch.setattr(auto, "ROOM", 1e-6)
