@@ -85,7 +85,8 @@ def step(
 
     OVERLAP: `s` comes in ready, and the next tile's is computed beside this one's dQ and dK.
     LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less.
-    PROMPT: lse and delta are read before the products that they follow are waited for; with LATE, dV is issued before dS is fenced.
+    PROMPT: lse and delta are read before dPᵀ is issued, for loads from shared memory queue behind matmuls; with LATE, dV is issued before
+    dS is fenced.
     NAMED: Q and dO are given back together, at a named barrier, which stops nobody (an mbarrier's arrival is behind a bar.sync).
     HIDE: where K and V lie is not kept in registers from step to step."""
     s_l: gl.constexpr = zs.type.layout
@@ -105,14 +106,14 @@ def step(
         mbarrier.wait(qf.index(slot), parity)
         st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
     mbarrier.wait(dof.index(slot), parity)
-    dpt = warpgroup_mma(vs, do.permute([1, 0]), zs, use_acc=False, is_async=True)
     if PROMPT:
         nlse = st_b.index(slot).load(gl.SliceLayout(0, s_l))
+        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
+    dpt = warpgroup_mma(vs, do.permute([1, 0]), zs, use_acc=False, is_async=True)
     if not OVERLAP:
         s = warpgroup_mma_wait(1, deps=[st])
     if PROMPT:
         p = exponentials(MASK, s, nlse, qs, n0, low, high)
-        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
     else:
         p = probabilities(MASK, s, st_b.index(slot), qs, n0, low, high)
     if LATE:

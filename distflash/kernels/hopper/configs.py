@@ -149,7 +149,7 @@ BACKWARD = {
         dq=RowsConfig(128, 2, 2),
     ),
     (128, 128): BackwardConfig(
-        KeysConfig(64, 2, overlap=False, late=True, prompt=True, named=True, staged=True, hide=True),
+        KeysConfig(64, 2, overlap=LATER, late=True, prompt=True, named=True, staged=True, hide=True),
         dkv=KeysConfig(64, 2, overlap=False, late=False),
         dq=RowsConfig(128, 2, 2),
     ),
