@@ -6,34 +6,19 @@ the results say.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table
-from benchmarks.record import RESULTS
+from benchmarks import headline, kernel_table
+from benchmarks.headline import is_ours
+from benchmarks.record import RESULTS, load, source, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/benchmarks.md", "docs/reliability.md")
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def source(result: dict[str, Any]) -> str:
-    about = result.get("versions", result)
-    count = about.get("devices", 1)
-    return f"\n{f'{count} x ' if count > 1 else ''}{about['device']}, torch {about['torch']}, Triton {about['triton']}.\n"
 
 
 def portable() -> str:
@@ -268,14 +253,14 @@ def ring() -> str:
         cells.setdefault(r["cell"], []).append(r)
     rows = []
     for cell, found in cells.items():
-        best = {name: max((r[name][0] for r in found if not _ours(r)), default=None) for name in ("forward", "both")}
+        best = {name: max((r[name][0] for r in found if not is_ours(r)), default=None) for name in ("forward", "both")}
         for r in found:
             if r["how"].endswith("[fa2]"):  # the same peer is faster with cuDNN inside
                 continue
             row = [cell.removesuffix(" D=128"), r["how"]]
             for name in ("forward", "both"):
                 mid, low, high = r[name]
-                over = f"{mid / best[name]:.2f}" if best[name] and _ours(r) and "bound" not in r["how"] else ""
+                over = f"{mid / best[name]:.2f}" if best[name] and is_ours(r) and "bound" not in r["how"] else ""
                 row += [f"{mid:.0f} ({low:.0f} to {high:.0f})", f"{r[f'{name}_share']:.1%}", over]
             rows.append(row)
     head = ("problem", "scheme", "forward", "of the bound", "over the best peer", "both passes", "of the bound", "over the best peer")
@@ -283,11 +268,9 @@ def ring() -> str:
     return table(head, rows) + f"\n{checked}. Documents: seed {result['seed']}.\n" + source(result)
 
 
-def _ours(row: dict[str, Any]) -> bool:
-    return row["how"].startswith(("bound", "zigzag, ", "contiguous, "))
-
-
 FIGURES: dict[str, Callable[[], str]] = {
+    "fast_kernels": headline.kernels,
+    "fast_rings": headline.rings,
     "ring": ring,
     "portable": portable,
     "hopper": hopper,

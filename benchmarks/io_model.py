@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench_kernel import documents
-from benchmarks.figures import MARK, ROOT, load, table
+from benchmarks.figures import MARK, ROOT
 from benchmarks.paper.tables import TABLES, paper
+from benchmarks.record import load, table
 from distflash.cost import hbm
 from distflash.cost.devices import DEVICES, Device, Link, network
 from distflash.cost.hbm import Blocks

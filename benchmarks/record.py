@@ -1,9 +1,10 @@
-"""How a result is written: JSON with what was measured, on what, with which versions."""
+"""How a result is written, JSON with what was measured, on what, with which versions; and how it is read and shown."""
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,21 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **about
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"versions": versions(), **about, "rows": rows}, indent=1) + "\n")
     return path
+
+
+def load(name: str) -> dict[str, Any]:
+    """The committed result of this name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(result: dict[str, Any]) -> str:
+    """The line under a table: what it was measured on."""
+    about = result.get("versions", result)
+    count = about.get("devices", 1)
+    return f"\n{f'{count} x ' if count > 1 else ''}{about['device']}, torch {about['torch']}, Triton {about['triton']}.\n"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.figures import load, source, table
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, load, source, table
 
 
 def attention(result: dict[str, Any]) -> str:

@@ -244,7 +244,7 @@ def test_a_budget_that_is_spent_half_way_leaves_the_runs_that_are_done(tmp_path,
 
 def test_the_page_says_what_is_not_measured_and_shows_what_is(results, monkeypatch):
     found, folder = results
-    for module in ("benchmarks.paper.tables", "benchmarks.figures"):
+    for module in ("benchmarks.paper.tables", "benchmarks.record"):
         monkeypatch.setattr(f"{module}.RESULTS", folder)
     assert set(tables.TABLES) == set(PROGRAMS)
     for name in PROGRAMS:

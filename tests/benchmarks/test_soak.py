@@ -18,7 +18,8 @@ def test_ranks_sample_together_until_rank_0_ends_it():
 
 
 def test_a_growing_column_is_fitted_and_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    for module in ("figures", "record"):
+        monkeypatch.setattr(f"benchmarks.{module}.RESULTS", tmp_path)
     assert figures.soak_gpu() == ""
     seconds = np.arange(0.0, 601.0, 5.0)
     samples = np.stack([seconds, 9 * seconds, 500 + seconds / 10, *(np.full_like(seconds, n) for n in (30, 7, 256, 900, 1700))], 1)
