@@ -11,7 +11,7 @@ Legend: S global tokens, H query heads, Hk key/value heads, D head dim, P ranks.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -24,18 +24,17 @@ from rich.table import Table
 
 import distflash
 from benchmarks.record import RESULTS, write
+from benchmarks.timing import in_a_row
 from distflash.cost import auto
 from distflash.cost.choose import Candidate, judge
 from distflash.cost.devices import Device, find, network
 from distflash.cost.time import Cluster
 from distflash.cost.traffic import PASSES, Scheme, Shape
-from distflash.launch.measure import seconds
 from distflash.parallel.mask import Mask
 
 LENGTHS = (16384, 32768, 65536, 131072)
 HEADS = ((32, 32), (32, 8))
 D = 128
-SAMPLE = 0.05  # seconds that the calls of a sample take on a GPU, which the host queues ahead, as training does
 
 
 def schemes(ranks: int) -> Iterator[Scheme]:
@@ -58,12 +57,9 @@ def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape:
     q, k, v, dout = (torch.randn(1, seq.local_length, h, shape.head_dim, device=device, dtype=dtype) for h in heads)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def slowest(run: Callable[[], object], calls: int) -> float:
-        """Seconds of one of this many calls in a row."""
-        if group is not None:
-            dist.barrier(group)
+    def slowest(mine: float) -> float:
         slots = torch.zeros(sp.size, dtype=torch.float64, device=device)
-        slots[sp.rank] = seconds(lambda: [run() for _ in range(calls)], device) / calls
+        slots[sp.rank] = mine
         return float(sp.wire.all_reduce(slots).amax())
 
     out = distflash.attention(q, k, v, seq, causal=True)
@@ -71,12 +67,8 @@ def measure(group: dist.ProcessGroup | None, scheme: Scheme, length: int, shape:
         lambda: distflash.attention(q, k, v, seq, causal=True),
         lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
     )
-    found = {}
-    for pass_, run in zip(PASSES, runs, strict=True):
-        once = [slowest(run, 1) for _ in range(3)][-1]  # the first ones compile kernels and make tables
-        calls = max(1, round(SAMPLE / once)) if device.type == "cuda" else 1
-        found[pass_] = median([slowest(run, calls) for _ in range(repeats)])
-    return found
+    together = (lambda: dist.barrier(group)) if group is not None else (lambda: None)
+    return {pass_: in_a_row(run, device, repeats, together, slowest) for pass_, run in zip(PASSES, runs, strict=True)}
 
 
 def predict(device: Device, scheme: Scheme, length: int, shape: Shape, wire: str) -> Candidate:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
+from benchmarks.record import RESULTS, slug
 from distflash.kernels.triton import TritonKernel
 from distflash.kernels.triton.configs import EVERY, WHOLE, Config, config, family
 from distflash.tile import Band, Tile, Tiles
@@ -162,8 +163,7 @@ def main() -> None:
                 for row in measure_all(S, D, causal, dtype, args.heads_first):
                     rows.append({"D": D, "S": S, "causal": causal, **row})
                     print(line(rows[-1]), flush=True)
-    slug = gpu.lower().replace("nvidia ", "").replace(" ", "_")
-    out = args.out or Path(__file__).parent / "results" / f"portable_{slug}{'' if args.sweep is None else '_sweep'}.json"
+    out = args.out or RESULTS / f"portable_{slug(torch.device('cuda'))}{'' if args.sweep is None else '_sweep'}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print("wrote", out)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import distflash
-from benchmarks.record import RESULTS, write
+from benchmarks.record import RESULTS, slug, write
 from distflash.launch.bench import Cell, Found, as_rows, bound, ours, rates
 from distflash.launch.world import World
 
@@ -199,11 +199,10 @@ def main() -> None:
         cells += [Cell(131072, *pair, documents=log_normal_documents(131072, options.documents)) for pair in heads]
     rows, checked = [], [exact(world, Cell(8192, *pair)) for pair in heads]
     say(str(checked))
-    name = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "_")
     for cell in cells:
         rows += measure(world, cell, options.peers, options.repeats, say)
         if world.is_main:
-            draw(write(f"ring_{world.size}x{name}", rows, options.out, checked=checked, seed=options.documents))
+            draw(write(f"ring_{world.size}x{slug(world.device)}", rows, options.out, checked=checked, seed=options.documents))
 
 
 if __name__ == "__main__":

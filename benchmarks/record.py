@@ -28,6 +28,11 @@ def versions() -> dict[str, Any]:
     }
 
 
+def slug(device: torch.device) -> str:
+    """A device in the name of a file: h200 for an NVIDIA H200, cpu."""
+    return torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "_") if device.type == "cuda" else device.type
+
+
 def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **about: Any) -> Path:
     """Write `rows` to folder/name.json, under what they were measured with."""
     folder.mkdir(parents=True, exist_ok=True)
