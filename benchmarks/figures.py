@@ -32,7 +32,7 @@ def portable() -> str:
 
 
 def hopper() -> str:
-    """TFLOP/s of the Hopper kernels over the grid of lengths, beside the peers that come near."""
+    """TFLOP/s of the Hopper kernels over the grid of lengths, beside its peers."""
     result = load("kernels_h100_80gb_hbm3")
     rows = result["rows"]
     shares = [f"{direction} {share:.2f}" for direction, share in kernel_table.ragged(rows).items()]
@@ -43,12 +43,6 @@ def hopper() -> str:
         + f"Repeats that were bit-equal, with deterministic gradients: {', '.join(equal)}.\n"
         + source(result)
     )
-
-
-def hopper_all() -> str:
-    """The same at S = 8192 beside every peer."""
-    result = load("kernels_quick_h100_80gb_hbm3")
-    return kernel_table.markdown(result["rows"]) + source(result)
 
 
 def faults() -> str:
@@ -197,7 +191,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "ring": across.ring,
     "portable": portable,
     "hopper": hopper,
-    "hopper_all": hopper_all,
     "memory": across.memory,
     "model": across.model,
     "train": across.train,
