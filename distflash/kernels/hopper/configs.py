@@ -40,6 +40,7 @@ class KeysConfig:
     dq: int = HALVES
     kv_regs: bool = False  # K and V are held in registers
     prompt: bool = False  # lse and delta are read before the matmuls are waited for, dV is issued before dS is fenced
+    sooner: bool = False  # prompt, and they are read before dPᵀ is issued
     named: bool = False  # Q and dO are given back together, at a named barrier
     staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
     hide: bool = False  # where K and V lie is not kept in registers from step to step
@@ -164,6 +165,9 @@ BACKWARD_VARIANTS = {
         "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "prompt": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, **_REDUCER)),
         "named": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, named=True, **_REDUCER)),
+        "sooner": replace(
+            _64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, sooner=True, named=True, staged=True, **_REDUCER)
+        ),
         "named_early": replace(_64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
@@ -178,6 +182,10 @@ BACKWARD_VARIANTS = {
         "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
         "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
         "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
+        "sooner": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, sooner=True, named=True, staged=True, hide=True)),
+        "sooner_overlap": replace(
+            _128, one_pass=KeysConfig(64, 2, True, True, prompt=True, sooner=True, named=True, staged=True, hide=True)
+        ),
         "early_named": replace(_128, one_pass=KeysConfig(64, 2, False, False, prompt=True, hide=True, named=True, staged=True)),
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
