@@ -94,7 +94,7 @@ def _long(result: dict[str, Any]) -> str:
     windows = [r for r in result["rows"] if r["part"] == "window"]
     shown = []
     for r in windows:
-        full = next(f for f in windows if f["window"] is None and f["scheme"] == r["scheme"])
+        full = next(f for f in windows if f["window"] is None and f["layout"] == r["layout"])
         share = [f"{r[name] / full[name]:.3f}" for name in ("forward", "both")]
         kept = f"{r['pairs_kept'] / full['pairs_kept']:.3f}"
         name = "all" if r["window"] is None else f"{r['window']:,}"
@@ -107,13 +107,5 @@ def _long(result: dict[str, Any]) -> str:
          *(f"{r[name] / 2**30:.2f}" for name in ("peak_bytes", "explained_bytes", "window_bytes"))]
         for r in result["rows"] if r["part"] == "whole"
     ]  # fmt: skip
-    head = (
-        "tokens",
-        "heads",
-        "s: forward, backward",
-        "TFLOP/s a GPU",
-        "peak above the inputs, GiB a GPU",
-        "`explain`, GiB",
-        "windows, GiB",
-    )
+    head = ("tokens", "heads", "s: forward, backward", "TFLOP/s a GPU", "peak above the inputs, GiB", "`explain`, GiB", "windows, GiB")
     return text + (table(head, whole) if whole else "") + source(result)

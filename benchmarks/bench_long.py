@@ -51,17 +51,15 @@ def largest(world: World, *values: float) -> list[float]:
 
 
 def whole(world: World, tokens: int, heads: int = 32, kv_heads: int = 8) -> dict[str, Any]:
-    """One long sequence. A collective."""
-    sp, gpu = distflash.SequenceParallel(), world.device.type == "cuda"
-    for length in (min(tokens, 8192), tokens):  # the first compiles kernels
-        seq = sp.sequence(length)
-        q, k, v, dout = inputs(world, seq.local_length, heads, kv_heads)
-        if gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        before, kept = torch.cuda.memory_allocated() if gpu else 0, []
-        forward = seconds(lambda: kept.append(distflash.attention(q, k, v, seq, causal=True)), world.device)  # noqa: B023  run at once
-        backward = seconds(lambda: kept.extend(torch.autograd.grad(kept[0], (q, k, v), dout)), world.device)  # noqa: B023
+    """One call of one long sequence. A collective."""
+    gpu, kept = world.device.type == "cuda", []
+    seq = distflash.SequenceParallel().sequence(tokens)
+    q, k, v, dout = inputs(world, seq.local_length, heads, kv_heads)
+    before = torch.cuda.memory_allocated() if gpu else 0
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    forward = seconds(lambda: kept.append(distflash.attention(q, k, v, seq, causal=True)), world.device)
+    backward = seconds(lambda: kept.extend(torch.autograd.grad(kept[0], (q, k, v), dout)), world.device)
     peak = torch.cuda.max_memory_allocated() - before if gpu else 0
     told = distflash.explain(q.shape, k.shape, seq, causal=True, dtype=q.dtype)
     forward, backward, peak, explained = largest(world, forward, backward, peak, told.peak_bytes)
@@ -84,7 +82,8 @@ def windowed(world: World, length: int, window: int | None, layout: str, repeats
     both = lambda: torch.autograd.grad(forward(), (q, k, v), dout)  # noqa: E731
     told = distflash.explain(q.shape, k.shape, seq, causal=True, window_size=size, dtype=q.dtype)
     visits, busy = largest(world, told.visits, told.busy_visits)
-    about = {"part": "window", "tokens": length, "heads": heads, "kv_heads": heads, "window": window, "scheme": told.scheme}
+    about = {"part": "window", "tokens": length, "heads": heads, "kv_heads": heads, "window": window}
+    about |= {"layout": layout, "scheme": told.scheme}
     counts = {"visits": int(visits), "busy_visits": int(busy), "pairs_kept": kept_pairs(length, window)}
     return about | counts | {"forward": timed(world, forward, repeats), "both": timed(world, both, repeats)}
 
@@ -122,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for window in (*asked.windows, None):
                 found(windowed(world, asked.length, window, layout, asked.repeats))
     if "whole" in asked.part:
+        whole(world, min(asked.tokens, 8192))  # compiles, and leaves nothing behind
         found(whole(world, asked.tokens))
     if world.is_main:
         write(f"long_{world.size}x{slug(world.device)}", rows, asked.out)

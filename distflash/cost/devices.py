@@ -108,8 +108,8 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 # benchmarks/results/kernels_h100_80gb_hbm3.json: `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair
 _HOPPER = {
-    "forward": {64: Rate(557e12, 2.7), 128: Rate(682e12, 1.9), 256: Rate(745e12, 1.5)},
-    "backward": {64: Rate(560e12, 3.5), 128: Rate(594e12, 2.7), 256: Rate(483e12, 1.6)},
+    "forward": {64: Rate(570e12, 3.4), 128: Rate(687e12, 1.7), 256: Rate(741e12, 1.3)},
+    "backward": {64: Rate(562e12, 3.6), 128: Rate(602e12, 3.2), 256: Rate(476e12, 1.2)},
 }
 
 

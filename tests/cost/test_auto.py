@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import distflash
 from distflash.cost import auto
 from distflash.cost.choose import candidates, choose, judge
-from distflash.cost.devices import DEVICES, network
+from distflash.cost.devices import DEVICES, Rate, network
 from distflash.cost.time import Cluster
 from distflash.cost.traffic import Scheme, Shape
 from distflash.integrations.deepspeed_ulysses import Beneath
@@ -93,13 +94,17 @@ def test_what_is_asked_for_stays_and_what_nothing_is_known_of_is_the_usual_schem
 
 
 def test_what_takes_too_much_memory_is_passed_over(monkeypatch):
-    cu = documents(3, 9000)
-    fast = auto.choice(usual(4), ("order", "layout"), cu, None, H200, "p2p")
+    rates = {
+        "forward": {128: Rate(698e12, 2.0)},
+        "backward": {128: Rate(593e12, 3.2)},
+    }  # the next measured ones may prefer another order here
+    cu, gpu = documents(8, 6000), replace(H200, kernels=rates)
+    fast = auto.choice(usual(4), ("order", "layout"), cu, None, gpu, "p2p")
     assert fast.order == "all_gather"
     monkeypatch.setattr(auto, "ROOM", 1e-6)
     auto._ranked.cache_clear()
     try:
-        lean = auto.choice(usual(4), ("order", "layout"), cu, None, H200, "p2p")
+        lean = auto.choice(usual(4), ("order", "layout"), cu, None, gpu, "p2p")
     finally:
         auto._ranked.cache_clear()
     assert lean.order != "all_gather"

@@ -72,7 +72,7 @@ def test_a_hop_is_hidden_from_the_tokens_that_the_formula_says(group, causal):
 def test_documents_that_no_rate_is_fitted_to_are_predicted_within_a_third():
     """Two numbers a kernel know the items and tiles of short documents, not that most of their tiles are masked."""
     for pass_, (predicted, measured) in packed_documents().items():
-        assert predicted == pytest.approx(measured, rel={"forward": 0.30, "backward": 0.25}[pass_])
+        assert predicted == pytest.approx(measured, rel={"forward": 0.30, "backward": 0.20}[pass_])
 
 
 def test_thresholds_with_real_links_are_above_the_formula_of_the_fastest_message():

@@ -473,6 +473,7 @@ def backward_kernel(
     gl.static_assert(NB == 2 or not NAMED)  # numbers 11 and 12
     gl.static_assert(DQ == NONE or (64 if DQ == REDUCER else 128) == D)  # 64 rows of dQᵀ to whoever computes it
     gl.static_assert(not HIDE or not KV_REGS)
+    gl.static_assert(PROMPT or not SOONER)
     gl.static_assert(desc_dk is None or (NB >= 2 and BM == 64))
     if DQ == REDUCER:
         gl.warp_specialize(
