@@ -131,6 +131,22 @@ MUTANTS = {
     "an item's line comes where the one before it stands": Mutant(
         "kernels/hopper/forward.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
         "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),
+    "a tile that rows are spared is no turn": Mutant(
+        "kernels/hopper/forward.py", "                take_turn(cid, TURNS)\n                pass_turn(cid, TURNS)\n", "",
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-full]"),
+    "a first tile that rows are spared is no turn": Mutant(
+        "kernels/hopper/forward.py",
+        "            take_turn(cid, TURNS)\n            pass_turn(cid, TURNS)\n        pidx", "            pass\n        pidx",
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-causal]"),
+    "a window's masks look at one bound": Mutant(
+        "kernels/hopper/host.py", "2 if work.left else 1", "1",
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-window]"),
+    "the left bound counts where a segment is one tile": Mutant(
+        "kernels/hopper/schedule.py", "bool(table[:, 4].any())", "bool((table[:, 4] > 1).any())",
+        "kernels/test_hopper_schedule.py::test_each_kept_pair_is_computed_once"),
+    "dQ is stored as it was computed, transposed": Mutant(
+        "kernels/hopper/backward.py", "dq_s.permute([1, 0]).store(dqt)", "dq_s.store(dqt)",
+        "kernels/test_hopper_emulated.py::test_every_kind_of_mask[64-False-causal]"),
     "a part of out overwrites the one that is leaving": Mutant(
         "kernels/hopper/out.py", "        if OWN:\n            tma.store_wait(0)\n", "",
         "kernels/test_hopper_forward.py::test_rows_that_share_a_box_of_out_with_another_document_are_left_alone"),

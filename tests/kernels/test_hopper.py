@@ -169,14 +169,16 @@ def agree(source, launched, dtype):
 
 @pytest.mark.parametrize("head_dims", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("running", [False, True])
-def test_the_forward_launches_what_the_compile_check_compiles(monkeypatch, head_dims, dtype, running):
+@pytest.mark.parametrize(
+    ("running", "mask", "bounds"), [(False, Mask(right=0), 1), (True, Mask(right=0), 1), (False, Mask(left=50, right=0), 2)]
+)
+def test_the_forward_launches_what_the_compile_check_compiles(monkeypatch, head_dims, dtype, running, mask, bounds):
     launches = []
     monkeypatch.setattr(host, "launch", lambda kernel, grid, *args, **options: launches.append((kernel, grid, args, options)))
     monkeypatch.setattr(host, "sms", lambda device: 132)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     D, Dv = head_dims
-    kernel, tiles = HopperKernel(), packed((0, 300), (0, 200), Mask(right=0))  # the first 100 queries see nothing
+    kernel, tiles = HopperKernel(), packed((0, 300), (0, 200), mask)  # the first 100 queries see nothing
     q, k, v = torch.zeros(2, 300, 4, D, dtype=kind), torch.zeros(2, 200, 2, D, dtype=kind), torch.zeros(2, 200, 2, Dv, dtype=kind)
     acc = Partial(torch.ones(2, 300, 4, Dv), torch.zeros(2, 4, 300)) if running else None
     out, lse = kernel.forward(q, k, v, tiles, 1, acc=acc, dtype=None if running else kind)
@@ -193,7 +195,7 @@ def test_the_forward_launches_what_the_compile_check_compiles(monkeypatch, head_
     assert grid == shape[:1] and args[names.index("rounds")] == shape[1]
     sides = configs.fit(configs.FORWARD, D, Dv)
     assert sides
-    source = check.forward_source(sides, configs.FORWARD[sides], dtype, "fp32" if running else dtype, running, head_dims)
+    source = check.forward_source(sides, configs.FORWARD[sides], dtype, "fp32" if running else dtype, running, head_dims, bounds)
     agree(source, forward, dtype)
     for name, n, width in (("q", 300, D), ("k", 200, D), ("v", 200, Dv)):  # true sizes: what lies past them reads as zeros
         boxes = [args[names.index(f"desc_{name}{part}")] for part in ("", "2")]

@@ -43,7 +43,7 @@ def covered(tiles: Tiles, rows: int, width: int, transposed: bool) -> np.ndarray
             for i, tile in enumerate(order):
                 row = np.arange(start, start + rows)[:, None]
                 col = np.arange(first + tile * width, first + (tile + 1) * width)[None, :]
-                low = np.maximum(row + lo, begin)
+                low = np.maximum(row + lo, begin) if work.left or transposed else first  # a forward with one bound
                 keep = (col >= low) & (col < np.minimum(row + hi + 1, limit)) if i < masked else np.ones((rows, width), bool)
                 if transposed:  # rows past the block's end must not reach dQ
                     assert i < masked or stop - start == rows
@@ -166,6 +166,13 @@ def test_heads_are_worked_on_in_groups():
         assert groups == sorted(groups)
     alone = work.order(8, 2, 64)  # a program an item: longest blocks of the first two heads first
     assert alone.shape == (64, 1, 16) and alone[:3, 0, :2].tolist() == [[0, 0], [0, 1], [1, 0]]
+
+
+def test_only_a_band_that_cuts_on_the_left_needs_the_left_bound():
+    causal, window = Band(-FAR, 0), Band(-100, 0)
+    for bands, left in (([causal], False), ([Band(-FAR, FAR)], False), ([window], True), ([causal, window], True)):
+        tiles = Tiles(tuple(Tile(slice(300 * n, 300 * n + 300), slice(10, 310), band) for n, band in enumerate(bands)), 600, 310)
+        assert schedule(tiles, 128, 128, torch.device("cpu")).left == left
 
 
 def test_rows_in_no_tile_are_idle():

@@ -77,7 +77,7 @@ def send_dq(desc_dq, dq_s, dqt, scale, b, h, row, column, PENDING: gl.constexpr,
 @gluon.jit
 def step(
     cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr,
-    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr, SOONER: gl.constexpr,
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr,
     DQ: gl.constexpr, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b, dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs,
     scale, fold, b, h, n0, low, high, D: gl.constexpr, NB: gl.constexpr
 ):  # fmt: skip
@@ -86,7 +86,6 @@ def step(
     OVERLAP: `s` comes in ready, and the next tile's is computed beside this one's dQ and dK.
     LATE: dV is issued after dS instead of beside it: P's operand and dPᵀ are never live together, 16 to 32 registers less.
     PROMPT: lse and delta are read before the products that they follow are waited for; with LATE, dV is issued before dS is fenced.
-    SOONER: with PROMPT, they are read before dPᵀ is issued, for loads from shared memory queue behind matmuls.
     NAMED: Q and dO are given back together, at a named barrier, which stops nobody (an mbarrier's arrival is behind a bar.sync).
     HIDE: where K and V lie is not kept in registers from step to step."""
     s_l: gl.constexpr = zs.type.layout
@@ -106,18 +105,14 @@ def step(
         mbarrier.wait(qf.index(slot), parity)
         st = warpgroup_mma(ks, q.permute([1, 0]), zs, use_acc=False, is_async=True)
     mbarrier.wait(dof.index(slot), parity)
-    if SOONER:
-        nlse = st_b.index(slot).load(gl.SliceLayout(0, s_l))
-        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
     dpt = warpgroup_mma(vs, do.permute([1, 0]), zs, use_acc=False, is_async=True)
-    if PROMPT and not SOONER:
+    if PROMPT:
         nlse = st_b.index(slot).load(gl.SliceLayout(0, s_l))
     if not OVERLAP:
         s = warpgroup_mma_wait(1, deps=[st])
     if PROMPT:
         p = exponentials(MASK, s, nlse, qs, n0, low, high)
-        if not SOONER:
-            nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
+        nde = st_b.index(NB + slot).load(gl.SliceLayout(0, s_l))
     else:
         p = probabilities(MASK, s, st_b.index(slot), qs, n0, low, high)
     if LATE:
@@ -286,7 +281,7 @@ def consumer(
     cid: gl.constexpr, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
     scale, fold, busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
     NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr,
-    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr, SOONER: gl.constexpr
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -319,14 +314,14 @@ def consumer(
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
             s, dk, dv, state = step(
-                cid, True, OVERLAP, True, FOLD, False, NAMED, HIDE, False, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                cid, True, OVERLAP, True, FOLD, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
                 dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, n0, low, high, D, NB
             )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
             s, dk, dv, state = step(
-                cid, False, OVERLAP, LATE, FOLD, PROMPT, NAMED, HIDE, SOONER, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                cid, False, OVERLAP, LATE, FOLD, PROMPT, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
                 dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, first + i * BM, 0, 0, D, NB
             )  # fmt: skip
         state = state + 16
@@ -433,7 +428,7 @@ def backward_kernel(
     kv_heads, group, t_pad, t_k,
     BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
     LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, PROMPT: gl.constexpr, NAMED: gl.constexpr,
-    HIDE: gl.constexpr, SOONER: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
+    HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
     desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64];
@@ -473,7 +468,6 @@ def backward_kernel(
     gl.static_assert(NB == 2 or not NAMED)  # numbers 11 and 12
     gl.static_assert(DQ == NONE or (64 if DQ == REDUCER else 128) == D)  # 64 rows of dQᵀ to whoever computes it
     gl.static_assert(not HIDE or not KV_REGS)
-    gl.static_assert(PROMPT or not SOONER)
     gl.static_assert(desc_dk is None or (NB >= 2 and BM == 64))
     if DQ == REDUCER:
         gl.warp_specialize(
@@ -482,10 +476,10 @@ def backward_kernel(
                  NAMED)),
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SOONER)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SOONER)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],
@@ -497,10 +491,10 @@ def backward_kernel(
             [
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SOONER)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SOONER)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],

@@ -43,11 +43,11 @@ KNOWN_GAPS = {
         **{"dkv D256" + kind: 84 for kind in ("", " fp16", _MOST)},
         **{"dq D256/128" + kind: 48 for kind in ("", " fp16", _MOST)},
         **{"dq D256" + kind: 32 for kind in ("", " fp16")},
-        **{"forward D128" + kind: 24 for kind in ("", " fp16", " padded")},  # forwards: once an item
+        **{"forward D128" + kind: 24 for kind in ("", " window", " fp16", " padded")},  # forwards: once an item
         **{"forward D128" + kind: 92 for kind in (" running fp32", " padded running fp32")},
-        **{"forward D192/128" + kind: 56 for kind in ("", " fp16", " padded", " padded running fp32")},
+        **{"forward D192/128" + kind: 56 for kind in ("", " window", " fp16", " padded", " padded running fp32")},
         "forward D192/128 running fp32": 116,
-        **{"forward D256" + kind: 256 for kind in ("", " fp16")},
+        **{"forward D256" + kind: 256 for kind in ("", " window", " fp16")},
         "forward D256 padded running fp32": 424,
     },
 }
@@ -59,7 +59,9 @@ def _descriptor(box: list[int], dtype: str) -> str:
     return f"tensordesc<{dtype}{box},{gl.NVMMASharedLayout.get_default_for(box, _TYPES[dtype])!r}>"
 
 
-def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False, columns: Sides | None = None):
+def forward_source(
+    sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str = "bf16", acc: bool = False, columns: Sides | None = None, bounds: int = 1
+):
     """(kernel, signature, constants, registers) of one forward; `columns` are the head sizes, where they are smaller than the tiles."""
     widths = [parts(side, n) for side, n in zip(sides, columns or sides, strict=True)]
     tensors = {"q": (64, widths[0]), "k": (c.block_n, widths[0]), "v": (c.block_n, widths[1])}
@@ -72,6 +74,7 @@ def forward_source(sides: Sides, c: ForwardConfig, dtype: str = "bf16", out: str
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
     constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
     constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "AHEAD": c.ahead}
+    constants |= {"TURNS": c.consumers if c.pingpong else 0, "BOUNDS": bounds}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 
 
@@ -80,7 +83,7 @@ def keys_source(sides: Sides, c: KeysConfig, dtype: str = "bf16", out: str = "bf
     (d, _), columns = sides, columns or sides
     constants = {"BM": c.block_m, "D": d, "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages, "OVERLAP": c.overlap}
     constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "DQ": c.dq if dq else configs.NONE, "KV_REGS": c.kv_regs}
-    constants |= {"PROMPT": c.prompt, "NAMED": c.named, "HIDE": c.hide, "SOONER": c.sooner}
+    constants |= {"PROMPT": c.prompt, "NAMED": c.named, "HIDE": c.hide}
     constants |= {"REGS": c.regs[0], "REGS_R": c.regs[1], "REGS_P": c.regs[2]}
     signature = _key_signature(sides, c, dtype, out)
     adds = _descriptor([1, 1, 64, 64], "fp32")
@@ -187,6 +190,7 @@ def _jobs(quick: bool, variants_too: bool) -> dict[str, tuple[tuple, bool]]:
     jobs, forwards, backwards = {}, {"": {}}, {"": {}}
     if not quick:
         forwards |= {
+            " window": {"bounds": 2},
             " running fp32": {"out": "fp32", "acc": True},
             " fp16": {"dtype": "fp16", "out": "fp16"},
             " padded": {"columns": (59, 59)},
@@ -196,7 +200,7 @@ def _jobs(quick: bool, variants_too: bool) -> dict[str, tuple[tuple, bool]]:
         for sides, c in configs.FORWARD.items():
             jobs["forward" + _name(sides) + kind] = forward_source(sides, c, **options), True
             if kind == " padded":  # and one column short of the tile, onto a running partial: the most addresses that an epilogue needs
-                most = {"columns": (sides[0] - 1, sides[1] - 1), "out": "fp32", "acc": True}
+                most = {"columns": (sides[0] - 1, sides[1] - 1), "out": "fp32", "acc": True, "bounds": 2}
                 jobs["forward" + _name(sides) + " padded running fp32"] = forward_source(sides, c, **most), True
     for kind, options in backwards.items():
         for sides, c in configs.BACKWARD.items():

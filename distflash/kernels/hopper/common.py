@@ -33,13 +33,16 @@ def lines(layout: gl.constexpr):
 
 
 @gluon.jit
-def kept(s, n0, low, high):
-    """s of columns low <= j < high, -inf elsewhere; the tile begins at column n0. What of a column's number differs from thread to thread
-    is moved to the bounds, so that a register's own part is a constant of its comparisons."""
+def kept(s, n0, low, high, BOUNDS: gl.constexpr = 2):
+    """s of columns low <= j < high, or with one of the BOUNDS j < high, -inf elsewhere; the tile begins at column n0. What of a column's
+    number differs from thread to thread is moved to the bounds, so that a register's own part is a constant of its comparisons."""
     i = gl.arange(0, s.type.shape[1], layout=gl.SliceLayout(0, s.type.layout))
     mine = n0 + (i & 6)[None, :]
     i = (i & ~6)[None, :]
-    return gl.where((i >= low[:, None] - mine) & (i < high[:, None] - mine), s, float("-inf"))
+    if BOUNDS == 1:
+        return gl.where(i < high[:, None] - mine, s, float("-inf"))
+    else:
+        return gl.where((i >= low[:, None] - mine) & (i < high[:, None] - mine), s, float("-inf"))
 
 
 @gluon.jit

@@ -20,6 +20,7 @@ class ForwardConfig:
     q_stages: int = 1  # buffers of Q: with 2, the next item's Q comes during this one
     ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
     staged: bool = False  # out leaves by TMA where it can: through a Q buffer if there are two, else through one of its own
+    pingpong: bool = False  # consumers take turns at the tensor cores
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
@@ -40,7 +41,6 @@ class KeysConfig:
     dq: int = HALVES
     kv_regs: bool = False  # K and V are held in registers
     prompt: bool = False  # lse and delta are read before the matmuls are waited for, dV is issued before dS is fenced
-    sooner: bool = False  # prompt, and they are read before dPᵀ is issued
     named: bool = False  # Q and dO are given back together, at a named barrier
     staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
     hide: bool = False  # where K and V lie is not kept in registers from step to step
@@ -90,9 +90,9 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
-    (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True) if not LATER else ForwardConfig(2, 128, 3),
-    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True),
-    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True),
+    (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True) if not LATER else ForwardConfig(2, 128, 3),
+    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True),
+    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True),
     (192, 128): ForwardConfig(2, 128, 2),
     (192, 192): ForwardConfig(2, 64, 3),
     (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True),
@@ -107,6 +107,7 @@ FORWARD_VARIANTS = {
         "two_q": ForwardConfig(3, 128, 2, q_stages=2, **_THREE),
         "ahead_nb3": ForwardConfig(3, 128, 3, **_AHEAD, **_THREE),
         "ahead": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE),
+        "alone": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True),
         "wg2ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
     },
     (96, 96): {
@@ -114,6 +115,7 @@ FORWARD_VARIANTS = {
         "one_q": ForwardConfig(2, 128, 3),
         "ahead": ForwardConfig(2, 128, 3, **_AHEAD),
         "ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
+        "alone": ForwardConfig(2, 128, 3, q_stages=2, staged=True),
     },
     (128, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -122,20 +124,25 @@ FORWARD_VARIANTS = {
         "two_q": ForwardConfig(2, 128, 2, q_stages=2),
         "ahead": ForwardConfig(2, 128, 2, **_AHEAD),
         "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
+        "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True),
+        "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
         "ahead": ForwardConfig(2, 128, 2, ahead=True),
+        "pingpong": ForwardConfig(2, 128, 2, pingpong=True),
     },
     (192, 192): {
         "simple": ForwardConfig(2, 64, 2, persistent=False),
         "ahead": ForwardConfig(2, 64, 3, ahead=True),
+        "pingpong": ForwardConfig(2, 64, 3, pingpong=True),
     },
     (256, 256): {
         "simple": ForwardConfig(2, 64, 2, persistent=False),
         "one_q": ForwardConfig(2, 64, 2),
         "ahead": ForwardConfig(2, 64, 2, ahead=True),
         "staged": ForwardConfig(2, 64, 2, staged=True),
+        "pingpong": ForwardConfig(2, 64, 2, ahead=True, staged=True, pingpong=True),
     },
 }
 
@@ -165,9 +172,6 @@ BACKWARD_VARIANTS = {
         "nb4": replace(_64, one_pass=KeysConfig(64, 4, overlap=False, late=True, kv_regs=True, **_REDUCER)),
         "prompt": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, **_REDUCER)),
         "named": replace(_64, one_pass=KeysConfig(64, 2, True, True, kv_regs=True, prompt=True, named=True, **_REDUCER)),
-        "sooner": replace(
-            _64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, sooner=True, named=True, staged=True, **_REDUCER)
-        ),
         "named_early": replace(_64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
@@ -182,10 +186,6 @@ BACKWARD_VARIANTS = {
         "prompt_early": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=False, prompt=True, hide=True)),
         "named": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, prompt=True, hide=True, named=True)),
         "late": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True)),
-        "sooner": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, sooner=True, named=True, staged=True, hide=True)),
-        "sooner_overlap": replace(
-            _128, one_pass=KeysConfig(64, 2, True, True, prompt=True, sooner=True, named=True, staged=True, hide=True)
-        ),
         "early_named": replace(_128, one_pass=KeysConfig(64, 2, False, False, prompt=True, hide=True, named=True, staged=True)),
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),

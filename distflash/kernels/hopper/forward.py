@@ -15,6 +15,10 @@ An item's first Q Kᵀ is issued at the end of the item before: after its epilog
 runs beside the epilogue. After a program's last item it is issued once more, on whatever lies there, and nobody reads it: a wgmma under
 way cannot pass the end of an `if`. With a `desc_o`, 64 rows that are the block's own leave by TMA: through the item's Q buffer, or if there
 is but one of it, through a buffer of one part of their own.
+TURNS, the number of consumers or 0: they issue a tile's products in turn, told by the one before at a named barrier, so that one's softmax
+runs beside another's products (FlashAttention-3, arXiv:2407.08608, section 3.1). A tile that a consumer is spared is a turn, too, or their
+numbers would differ; an item's first Q Kᵀ is none.
+BOUNDS, 1 or 2: with 1, no row's columns begin later than its segment does (Schedule.left), and masks look at the other end alone.
 Statistics are base 2 inside: m and the exponent are in units of log2(e) * scale.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
 """
@@ -26,9 +30,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper.common import again, as_operand, entry, kept, lines
-from distflash.kernels.hopper.compat import tma_load
+from distflash.kernels.hopper.compat import named_barrier, tma_load
 from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
 from distflash.kernels.hopper.out import leave, scaled, stage
+
+_TURN = gl.constexpr(9)  # the first consumer's named barrier
 
 
 @gluon.jit
@@ -88,18 +94,38 @@ def after(idx, ph, NB: gl.constexpr):
 
 
 @gluon.jit
-def step(MASK: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low, high):
-    """One column tile: QK of this one and PV of the last one, of the weights p, run together; the softmax of this one beside PV."""
+def take_turn(cid: gl.constexpr, TURNS: gl.constexpr):
+    """Wait until the consumer before this one has issued its products of the tile; the first one, until the last has of the tile before."""
+    if TURNS:
+        named_barrier("sync", _TURN + cid, 256)
+
+
+@gluon.jit
+def pass_turn(cid: gl.constexpr, TURNS: gl.constexpr):
+    """The next consumer's turn."""
+    if TURNS:
+        named_barrier("arrive", _TURN + (cid + 1) % TURNS, 256)
+
+
+@gluon.jit
+def step(
+    MASK: gl.constexpr, cid: gl.constexpr, TURNS: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low,
+    high
+):  # fmt: skip
+    """One column tile, of which MASK bounds are looked at: QK of this one and PV of the last one, of the weights p, run together; the
+    softmax of this one beside PV."""
     NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(kf.index(idx), ph)
+    take_turn(cid, TURNS)
     s = scores(q, k, mine, idx, zero)
     pidx, pph = before(idx, ph, NB)
     mbarrier.wait(vf.index(pidx), pph)
     acc = values(p, v, pidx, acc)
+    pass_turn(cid, TURNS)
     s = warpgroup_mma_wait(len(v), deps=[s])
     mbarrier.arrive(ke.index(idx), count=1)
     if MASK:
-        s = kept(s, n0, low, high)
+        s = kept(s, n0, low, high, MASK)
     top = gl.maximum(m, gl.max(s, 1) * qs)
     shift = gl.where(top == float("-inf"), 0.0, top) if MASK else top
     alpha = gl.exp2(m - shift)
@@ -157,7 +183,7 @@ def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr):
 @gluon.jit
 def consumer(
     cid: gl.constexpr, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
-    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr
+    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -169,6 +195,8 @@ def consumer(
     LOG2E: gl.constexpr = 1.4426950408889634
     zero = gl.zeros([64, BN], gl.float32, layout=s_l)
     r = 0
+    if cid == NC - 1:
+        pass_turn(cid, TURNS)  # the first consumer's first
     more = gl.load(entry(0, order, rounds) + 6) > 0
     s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ)
     s = warpgroup_mma_wait(0, deps=[s])
@@ -177,12 +205,15 @@ def consumer(
         mbarrier.arrive(ke.index(idx), count=1)
         line = line_of(dealt, r)
         skipped, plain = spared(line, cid)
+        if skipped > 0:
+            take_turn(cid, TURNS)
+            pass_turn(cid, TURNS)
         pidx, pph = before(idx, ph, NB)
         mbarrier.wait(vf.index(pidx), pph, pred=skipped > 0)
         mbarrier.arrive(ve.index(pidx), count=1, pred=skipped > 0)
         first, low, high, left, inner, total = bounds(line, number(line, 2) + cid * 64 + lines(r_l))
         if total - inner - plain > skipped:
-            s = kept(s, first + from_right(skipped, left, inner, total - inner) * BN, low, high)
+            s = kept(s, first + from_right(skipped, left, inner, total - inner) * BN, low, high, BOUNDS)
         m = gl.max(s, 1) * qs
         x = weights(s, qs, gl.where(m == float("-inf"), 0.0, m))
         l = gl.sum(x, 1)
@@ -206,6 +237,8 @@ def consumer(
             masked = total - inner - gl.where(n == 0, plain, 0)
             idle = gl.where(rows_from < number(item, 3), 0, total - done)  # a block's last rows need not be as many as a consumer's
             for _ in range(idle):
+                take_turn(cid, TURNS)
+                pass_turn(cid, TURNS)
                 idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB)
             done += idle
             for i in range(done, masked):
@@ -214,9 +247,13 @@ def consumer(
                     rows = number(item, 2) + cid * 64 + lines(r_l)
                     first, low, high, left, inner, total = bounds(segment(item, segments, again(n)), rows)
                 n0 = first + from_right(i, left, inner, total - inner) * BN
-                m, l, acc, x, idx, ph = step(True, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high)
+                m, l, acc, x, idx, ph = step(
+                    BOUNDS, cid, TURNS, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
+                )  # fmt: skip
             for _ in range(gl.maximum(masked, done), total):
-                m, l, acc, x, idx, ph = step(False, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high)
+                m, l, acc, x, idx, ph = step(
+                    0, cid, TURNS, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
+                )  # fmt: skip
         if NQ == 1:
             mbarrier.arrive(qe.index(0), count=1)
         pidx, pph = before(idx, ph, NB)
@@ -268,6 +305,8 @@ def consumer(
             more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ)
             s = warpgroup_mma_wait(0, deps=[ahead])
         r = r + 1
+    if cid == 0:
+        take_turn(cid, TURNS)  # the last one passed: no barrier is left half full
     if desc_o is not None:
         tma.store_wait(0)
 
@@ -354,7 +393,7 @@ def buffers(n: gl.constexpr, desc, desc2):
 def forward_kernel(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, desc_order, O, M, A, AM, segments, order, qs, rounds, heads, group,
     t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
-    REGS: gl.constexpr, REGS_P: gl.constexpr
+    TURNS: gl.constexpr, BOUNDS: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
@@ -387,9 +426,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ)),
             ],
@@ -400,11 +439,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
                 (consumer, (2, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ)),
             ],

@@ -39,6 +39,7 @@ class Schedule:
     reach: int
     work: np.ndarray  # [busy] tiles of each block
     spared: Tensor  # [n, 1] bits as in `order`
+    left: bool  # whether some row's columns begin later than its segment does
     _orders: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def order(self, heads: int, at_once: int, programs: int) -> Tensor:
@@ -117,7 +118,7 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
         n_blocks += len(r0)
     if not n_blocks:
         none = torch.zeros((1, 8), dtype=torch.int32, device=device)
-        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0), none[:, :1])
+        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0), none[:, :1], False)
     start, stop, owner, table = np.concatenate(starts), np.concatenate(stops), np.concatenate(ids), np.concatenate(segments)
     by_owner = np.argsort(owner, kind="stable")
     owner, table = owner[by_owner], table[by_owner]
@@ -129,8 +130,9 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
     spared = _spared(blocks, table[blocks[:, 2]], rows, width)
     covered = int((blocks[:, 1] - blocks[:, 0]).sum())
     on = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)  # noqa: E731
-    reach = int(table[:, 1].max()) if len(table) else 0
-    return Schedule(on(blocks), on(table if len(table) else np.zeros((1, 8))), len(blocks), covered < length, reach, work, on(spared))
+    reach, left = (int(table[:, 1].max()), bool(table[:, 4].any())) if len(table) else (0, False)
+    table = table if len(table) else np.zeros((1, 8))
+    return Schedule(on(blocks), on(table), len(blocks), covered < length, reach, work, on(spared), left)
 
 
 def _spared(blocks: np.ndarray, segments: np.ndarray, rows: int, width: int) -> np.ndarray:
