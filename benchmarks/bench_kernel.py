@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from rich.table import Table
 
 from benchmarks import children, kernel_jobs, kernel_table, peers
 from benchmarks.peers import OURS, PEERS
-from benchmarks.record import RESULTS, versions, write
+from benchmarks.record import RESULTS, held, versions, write
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SHAPES = {"d64": (64, 32, 32), "d128": (128, 16, 16), "d256": (256, 8, 8), "gqa": (128, 32, 8)}  # D, H, Hk
@@ -151,16 +150,13 @@ def main() -> None:
         children.serve(str(args.child), kernel_jobs.work)
     out = args.out or RESULTS / f"kernels_{versions()['device'].lower().removeprefix('nvidia ').replace(' ', '_')}.json"
     if args.plot:
-        held = json.loads(out.read_text())
-        title = f"{held['versions']['device']}, bf16, B S = {peers.TOKENS}; causal drawn through, full dashed"
-        kernel_table.plot(held["rows"], title, out.with_suffix(".png"))
+        found = json.loads(out.read_text())
+        title = f"{found['versions']['device']}, bf16, B S = {peers.TOKENS}; causal drawn through, full dashed"
+        kernel_table.plot(found["rows"], title, out.with_suffix(".png"))
         return
     rows = measure(args, out.with_suffix(".log"))
-    if args.append and out.exists():
-        held = json.loads(out.read_text())
-        if any(held["versions"][word] != value for word, value in versions().items()):
-            sys.exit(f"{out} was measured with {held['versions']}, this is {versions()}: write another file with --out")
-        rows = joined(held["rows"], rows)
+    if args.append:
+        rows = joined(held(out)["rows"], rows)
     about = {"peers": peers.installed(), "dtype": "bf16", "summary": kernel_table.summary(rows), "cells": kernel_table.ratios(rows)}
     write(out.stem, rows, out.parent, **about)
     show(rows)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import distflash
-from benchmarks.record import RESULTS, slug, write
+from benchmarks.record import RESULTS, held, slug, write
 from distflash.launch.bench import Cell, Found, as_rows, bound, ours, rates
 from distflash.launch.world import World
 
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--documents", type=int, metavar="SEED", help="also 131,072 tokens of packed documents, drawn with this seed")
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--append", action="store_true", help="keep what the file holds of other cells")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a result file, measure nothing")
     options = parser.parse_args()
@@ -197,12 +198,16 @@ def main() -> None:
     cells = [Cell(length, *pair) for length in options.lengths for pair in heads]
     if options.documents is not None:
         cells += [Cell(131072, *pair, documents=log_normal_documents(131072, options.documents)) for pair in heads]
-    rows, checked = [], [exact(world, Cell(8192, *pair)) for pair in heads]
+    name = f"ring_{world.size}x{slug(world.device)}"
+    earlier, again = held(options.out / f"{name}.json") if options.append else {"rows": []}, {str(cell) for cell in cells}
+    rows = [row for row in earlier["rows"] if row["cell"] not in again]
+    seed = earlier.get("seed") if options.documents is None else options.documents
+    checked = [exact(world, Cell(8192, *pair)) for pair in heads]
     say(str(checked))
     for cell in cells:
         rows += measure(world, cell, options.peers, options.repeats, say)
         if world.is_main:
-            draw(write(f"ring_{world.size}x{slug(world.device)}", rows, options.out, checked=checked, seed=options.documents))
+            draw(write(name, rows, options.out, checked=checked, seed=seed))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,20 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def held(path: Path) -> dict[str, Any]:
+    """A result that is to be added to, without rows if there is no file.
+
+    Raises:
+        ValueError: it was measured on another device or with other versions.
+    """
+    if not path.exists():
+        return {"rows": []}
+    found = json.loads(path.read_text())
+    if any(found["versions"][word] != value for word, value in versions().items()):
+        raise ValueError(f"{path} was measured with {found['versions']}, this is {versions()}: write to another place with --out")
+    return found
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
