@@ -2,6 +2,7 @@
 
     distflash run -n 4 -m benchmarks.bench_model          P = 1, 2 and 4 in one run, each among the first P ranks
     distflash run -n 2 -m benchmarks.bench_model --wire symmetric       by copies between memories: model_2xh200_symmetric.json
+    python -m benchmarks.bench_model --again FILE         what the model says now of the seconds that stand there
 
 Causal, bf16 on GPUs and fp32 on CPUs, one document. A time is the median over repeats of the slowest rank's. For each cell of length and
 heads, what "auto" stands for is measured too, and `regret` is how much longer it takes than the fastest one measured.
@@ -11,6 +12,7 @@ Legend: S global tokens, H query heads, Hk key/value heads, D head dim, P ranks.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -103,11 +105,34 @@ def rows_of(
     return rows
 
 
+def told_again(rows: list[dict[str, Any]], device: Device) -> list[dict[str, Any]]:
+    """Measured rows with what is predicted and chosen now.
+
+    Raises:
+        ValueError: another scheme is chosen now than any that was measured.
+    """
+    found = []
+    for (ranks, length, h, kv), cell in groupby(rows, key=_cell):
+        shape, held = Shape(h, kv, D, D, itemsize=device.itemsize), list(cell)
+        schemes_of = [Scheme(r["layout"], r["order"], r["ulysses"], ranks, ranks) for r in held]
+        best = chosen(device, ranks, length, shape, held[0]["wire"])
+        if best not in schemes_of:
+            raise ValueError(f"{ranks} ranks, S={length}, H={h}/{kv}: {best} is chosen and was not measured: measure again")
+        for r, scheme in zip(held, schemes_of, strict=True):
+            seconds = predict(device, scheme, length, shape, r["wire"]).passes[r["pass"]].seconds
+            found.append({**r, "auto": scheme == best, "predicted": seconds})
+    return found
+
+
+def _cell(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    return row["ranks"], row["S"], row["H"], row["Hk"]
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Relative errors of the predictions, and the largest regret of a choice by prediction."""
     errors = [abs(r["predicted"] / r["seconds"] - 1) for r in rows]
     regrets = []
-    for _, cell in groupby(rows, key=lambda r: (r["ranks"], r["S"], r["H"], r["Hk"])):
+    for _, cell in groupby(rows, key=_cell):
         took: dict[tuple[str, str, int, bool], float] = {}
         for r in cell:
             key = r["layout"], r["order"], r["ulysses"], r["auto"]
@@ -122,7 +147,14 @@ def main() -> None:
     parser.add_argument("--wire", choices=("p2p", "symmetric"), default="p2p")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict anew what a file holds, measure nothing")
     options = parser.parse_args()
+    if options.again:
+        held = json.loads(options.again.read_text())
+        device = find(options.device or held["versions"]["device"])
+        rows = told_again(held["rows"], device)
+        options.again.write_text(json.dumps(held | {"basis": device.basis, **summary(rows), "rows": rows}, indent=1) + "\n")
+        return
     world = distflash.init()
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     device, rows = find(options.device or name), []

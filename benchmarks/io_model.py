@@ -5,6 +5,7 @@ Legend: N tokens, d head dim, M on-chip memory in elements, P ranks, T = N / P t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
@@ -106,19 +107,37 @@ def head_sharing() -> str:
     return table(("P", "g = 1", "g = 4", "g = 8"), rows)
 
 
-def fit(rows: list[dict[str, Any]], head_dim: int, pass_: str) -> tuple[float, float, float]:
-    """(FLOP/s of long rows, tiles an item costs besides its own, worst relative error) of the kernels that were measured.
+Timed = list[tuple[float, float, float]]  # FLOPs, those of one tile for each block of 128 rows, FLOP/s
+
+
+def of_grid(rows: list[dict[str, Any]], head_dim: int, pass_: str) -> Timed:
+    """What bench_kernel found."""
+    cells = [r for r in rows if (r["part"], r["pass"], r["kernel"]) == (f"d{head_dim}", pass_, "distflash")]
+    shapes = [Shape(r["H"], r["Hk"], r["D"], r["D"], 32768 // r["S"]).flops(pass_) for r in cells]
+    pairs = [r["S"] ** 2 / (2 if r["causal"] else 1) for r in cells]
+    return [(flops * n, flops * r["S"] * 128, r["tflops"] * 1e12) for flops, n, r in zip(shapes, pairs, cells, strict=True)]
+
+
+def of_dense_blocks(result: dict[str, Any], pass_: str) -> Timed:
+    """What bench_ring found of a rank's share as a dense block of S / P queries and S / 2 keys, every rank at once, calls in a row."""
+    found = []
+    for r in (r for r in result["rows"] if r["how"].startswith("bound")):
+        length, heads, kv_heads, dim = (int(n) for n in re.findall(r"\d+", r["cell"]))
+        queries, flops = length // result["versions"]["devices"], Shape(heads, kv_heads, dim, dim).flops(pass_)
+        forward, both = r["forward"][0], r["both"][0]
+        rate = forward if pass_ == "forward" else 2.5 / (3.5 / both - 1 / forward)
+        found.append((flops * queries * length / 2, flops * queries * 128, rate * 1e12))
+    return found
+
+
+def fit(timed: Timed) -> tuple[float, float, float]:
+    """(FLOP/s of long rows, tiles an item costs besides its own, worst relative error) of a kernel that was measured.
 
     The line of least absolute relative errors, which goes through two cells: one that met a slow or a fast clock does not bend it.
     """
-    cells = [r for r in rows if (r["part"], r["pass"], r["kernel"]) == (f"d{head_dim}", pass_, "distflash")]
-    work, seconds = [], []
-    for r in cells:
-        pairs, flops = r["S"] ** 2 / (2 if r["causal"] else 1), Shape(r["H"], r["Hk"], r["D"], r["D"], 32768 // r["S"]).flops(pass_)
-        seconds.append(flops * pairs / (r["tflops"] * 1e12))
-        work.append([flops * pairs, flops * r["S"] * 128])
-    matrix = np.array(work) / np.array(seconds)[:, None]
-    lines = [np.linalg.lstsq(matrix[list(pair)], np.ones(2), rcond=None)[0] for pair in combinations(range(len(cells)), 2)]
+    work, start, rate = np.array(timed).T
+    matrix = np.stack([rate, rate * start / work], 1)
+    lines = [np.linalg.lstsq(matrix[list(pair)], np.ones(2), rcond=None)[0] for pair in combinations(range(len(matrix)), 2)]
     a, b = min(lines, key=lambda line: float(np.abs(matrix @ line - 1).sum()))
     return 1 / a, b / a, float(np.abs(matrix @ (a, b) - 1).max())
 
@@ -134,15 +153,16 @@ def packed_documents() -> dict[str, tuple[float, float]]:
 
 def rates() -> str:
     """The two numbers of each kernel, and what they say of a problem they are not fitted to."""
-    found = load("kernels_h100_80gb_hbm3")["rows"]
+    grid, ring = load("kernels_h100_80gb_hbm3")["rows"], load("ring_2xh200")
+    timed = {("H100", pass_, d): of_grid(grid, d, pass_) for pass_ in PASSES for d in (64, 128, 256)}
+    timed |= {("H200, in a row", pass_, 128): of_dense_blocks(ring, pass_) for pass_ in PASSES}
     rows = []
-    for pass_ in PASSES:
-        for d in (64, 128, 256):
-            flops, start, error = fit(found, d, pass_)
-            rows.append([pass_, str(d), f"{flops / 1e12:.0f}", f"{start:.1f}", f"{error:.1%}"])
+    for (device, pass_, d), cells in timed.items():
+        flops, start, error = fit(cells)
+        rows.append([device, pass_, str(d), f"{flops / 1e12:.0f}", f"{start:.1f}", f"{error:.1%}"])
     known = (f"{pass_} {predicted:.0f} predicted, {measured:.0f} measured" for pass_, (predicted, measured) in packed_documents().items())
     return (
-        table(("pass", "D", "TFLOP/s of long rows", "tiles an item", "worst error of 10 cells"), rows)
+        table(("device", "pass", "D", "TFLOP/s of long rows", "tiles an item", "worst error of 10 cells"), rows)
         + f"\nNot fitted: 64 packed documents of random lengths, D = 128, TFLOP/s: {'; '.join(known)}.\n"
     )
 

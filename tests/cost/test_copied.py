@@ -17,8 +17,6 @@ from distflash.parallel.layout import lengths
 from distflash.parallel.mask import Mask
 
 SHAPE = Shape(8, 2, 64, 64)
-# fitted to the kernels of the time of results/ring_2xh200.json
-THEN = {"forward": {128: Rate(698e12, 2.0)}, "backward": {128: Rate(593e12, 3.2)}}
 
 
 def ideal(bandwidth: float, **link: float) -> Device:
@@ -78,21 +76,20 @@ def test_copies_are_no_slower_than_messages_over_the_same_link():
 
 
 def test_it_is_what_two_gpus_took():
-    """Forward within 16 %, both passes within 15 %, the medians within 12 and 9 %: too fast, the rates are an H100's."""
+    """Every cell within 10 %, the medians within 5 and 3 %; the rates are of dense blocks on the same two."""
     from benchmarks.bench_model import predict  # a mutant has no benchmarks
     from benchmarks.record import RESULTS
 
     errors = {"forward": [], "both": []}
-    then = replace(DEVICES["h200"], kernels=THEN)
     for r in json.loads((RESULTS / "ring_2xh200.json").read_text())["rows"]:
         layout, order, wire = (*r["how"].split(", "), "", "")[:3]
         if wire != "symmetric" or "documents" in r["cell"]:
             continue
         length, heads, kv_heads = (int(n) for n in r["cell"].replace("S=", "").replace(" H=", "/").split(" D=")[0].split("/"))
-        told = predict(then, Scheme(layout, order, 1, 2, 2), length, Shape(heads, kv_heads, 128, 128), wire)
+        told = predict(DEVICES["h200"], Scheme(layout, order, 1, 2, 2), length, Shape(heads, kv_heads, 128, 128), wire)
         flops = 2 * 128 * heads * length**2 / 2
         for name, seconds, factor in (("forward", told.passes["forward"].seconds, 1.0), ("both", told.seconds, 3.5)):
             errors[name].append(abs(seconds * median(r[name]) * 1e12 / (factor * flops) - 1))
     assert len(errors["forward"]) == 16
-    for name, worst, middle in (("forward", 0.16, 0.12), ("both", 0.15, 0.09)):
+    for name, worst, middle in (("forward", 0.10, 0.05), ("both", 0.10, 0.03)):
         assert max(errors[name]) < worst and median(errors[name]) < middle, (name, errors[name])
