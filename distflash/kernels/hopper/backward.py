@@ -27,22 +27,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper import configs
-from distflash.kernels.hopper.common import again, as_operand, lines, tile_of
-from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_load, tma_reduce_add, tma_store
+from distflash.kernels.hopper.common import again, as_operand, tile_of
+from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_reduce_add
+from distflash.kernels.hopper.feed import producer
+from distflash.kernels.hopper.gradient_out import leave, store_keys
+from distflash.kernels.hopper.program import band, extent, n_segments, place, segment_of
 
 HALVES = gl.constexpr(configs.HALVES)
 REDUCER = gl.constexpr(configs.REDUCER)
 NONE = gl.constexpr(configs.NONE)
-
-
-@gluon.jit
-def place(busy, per, kv_heads):
-    """This program's (row of the block table, batch element, kv head): blocks longest first, heads in groups of `per` that fit L2."""
-    pid = gl.program_id(0)
-    group = pid // (busy * per)
-    rest = pid % (busy * per)
-    bh = group * per + rest % per
-    return rest // per, bh // kv_heads, bh % kv_heads
 
 
 @gluon.jit
@@ -185,98 +178,6 @@ def step(
 
 
 @gluon.jit
-def extent(segments, sg):
-    """A segment's tiles: (first column, left, inner, total)."""
-    at = segments + 8 * sg
-    return gl.load(at), gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
-
-
-@gluon.jit
-def band(segments, sg, start, stop, r_l: gl.constexpr, HIDE: gl.constexpr = False):
-    """The queries low <= i < high that each of 64 keys from `start` meets in a segment: none past the block's `stop`."""
-    at = segments + 8 * sg
-    rows = start + (lines(r_l) if HIDE else gl.arange(0, 64, layout=r_l))
-    low = gl.maximum(rows + gl.load(at + 2), gl.load(at + 7))
-    high = gl.minimum(rows + gl.load(at + 3) + 1, gl.load(at + 1))
-    return low, gl.where(rows < stop, high, -(1 << 30))
-
-
-@gluon.jit
-def n_segments(blocks, busy, per, kv_heads):
-    """Segments of this program's block; looked up anew at each use, as everything that would otherwise spill over the matmuls."""
-    return gl.load(blocks + 4 * place(again(busy), again(per), again(kv_heads))[0] + 3)
-
-
-@gluon.jit
-def segment_of(u, blocks, busy, per, kv_heads, group):
-    """(block start, block stop, batch element, query head, segment) of this program's u-th segment, counted over the heads of its group."""
-    block, b, kv = place(again(busy), again(per), again(kv_heads))
-    n_seg = gl.load(blocks + 4 * block + 3)
-    sg = gl.load(blocks + 4 * block + 2) + u % n_seg
-    return gl.load(blocks + 4 * block), gl.load(blocks + 4 * block + 1), b, kv * group + u // n_seg, sg
-
-
-@gluon.jit
-def store_rows(out, x, b, h, start, stop, heads, t, COLUMNS: gl.constexpr, ADD: gl.constexpr):
-    """Rows `start` .. of contiguous [B, T, heads, COLUMNS]: out = x, or out += x. None past the `stop`."""
-    layout: gl.constexpr = x.type.layout
-    rows = start + lines(gl.SliceLayout(1, layout))
-    cols = gl.arange(0, x.type.shape[1], layout=gl.SliceLayout(0, layout))
-    line = (b.to(gl.int64) * t * heads + h) * COLUMNS + rows.to(gl.int64) * (heads * COLUMNS)  # B * T * H * D may pass 2^31
-    at = line[:, None] + cols[None, :]
-    inside = rows[:, None] < stop
-    if x.type.shape[1] > COLUMNS:
-        inside = inside & (cols[None, :] < COLUMNS)
-    if ADD:
-        x += gl.load(out + at, mask=inside, other=0.0)
-    gl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def store_keys(out, x, blocks, busy, per, kv_heads, t_k, first: gl.constexpr, COLUMNS: gl.constexpr):
-    """x, of keys `first` .. of this program's block, to out [B, Tk, Hk, COLUMNS]."""
-    block, b, kv = place(again(busy), again(per), again(kv_heads))
-    start = gl.load(blocks + 4 * block) + first
-    store_rows(out, x, b, kv, start, gl.load(blocks + 4 * block + 1), again(kv_heads), again(t_k), COLUMNS, False)
-
-
-@gluon.jit
-def whole(blocks, busy, per, kv_heads, t_k, first: gl.constexpr):
-    """Whether TMA can write the 64 keys from `first` of this program's block: what lies past the last key of all, it leaves out."""
-    block, b, kv = place(again(busy), again(per), again(kv_heads))
-    row = gl.load(blocks + 4 * block) + first
-    stop = gl.load(blocks + 4 * block + 1)
-    return b, kv, row, (row + 64 <= stop) | (stop == again(t_k))
-
-
-@gluon.jit
-def leave(cid: gl.constexpr, qb, dob, DK, DV, dk, dv, blocks, busy, per, kv_heads, t_k, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr):
-    """dK and dV of 64 keys into buffers of Q and dO, from which the producer sends them: nobody reads or fills these any more."""
-    group_sync(10, 256)
-    _, _, _, all_there = whole(blocks, busy, per, kv_heads, t_k, cid * 64)
-    if all_there:
-        qb.index(cid).store(dk.to(qb.dtype))
-        dob.index(cid).store(dv.to(qb.dtype))
-        fence_async_shared()
-    else:
-        store_keys(DK, dk, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS)
-        store_keys(DV, dv, blocks, busy, per, kv_heads, t_k, cid * 64, COLUMNS_V)
-    named_barrier("arrive", 11, 288)
-
-
-@gluon.jit
-def send_keys(desc_dk, desc_dv, qb, dob, blocks, busy, per, kv_heads, t_k):
-    """The producer's part of `leave`."""
-    named_barrier("sync", 11, 288, 1)
-    for c in gl.static_range(2):
-        b, kv, row, all_there = whole(blocks, busy, per, kv_heads, t_k, c * 64)
-        if all_there:
-            tma_store(desc_dk, [b, kv, row, 0], qb.index(c))
-            tma_store(desc_dv, [b, kv, row, 0], dob.index(c))
-    tma.store_wait(0)
-
-
-@gluon.jit
 def consumer(
     cid: gl.constexpr, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
     scale, fold, busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
@@ -364,62 +265,6 @@ def reducer(
                 send_dq(desc_dq, dqb.index(slot), dqt, scale, b, h, n0, 0, 1, FOLD)
                 it += 1
     tma.store_wait(0)
-
-
-@gluon.jit
-def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr,
-    NAMED: gl.constexpr
-):  # fmt: skip
-    """Tile `it` of Q and lse (FIRST 0), or of dO and delta (FIRST NB, where delta begins in `stats`), into its slot."""
-    slot = it % NB
-    if not NAMED:
-        mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
-    mbarrier.expect(full.index(slot), BYTES)
-    tma_load(desc, [b, h, n0, 0], full.index(slot), tiles.index(slot))
-    tma_load(desc_stat, [line + n0], full.index(slot), stats.index(FIRST + slot))
-
-
-@gluon.jit
-def producer(
-    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
-    segments, busy, per, kv_heads, group, t_pad, t_k, KEYS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
-    NB: gl.constexpr, OVERLAP: gl.constexpr, NAMED: gl.constexpr
-):  # fmt: skip
-    """The TMA warp: K and V once, then Q and dO tile by tile."""
-    BYTES: gl.constexpr = BM * D * 2 + BM * 4
-    BYTES_V: gl.constexpr = BM * D_V * 2 + BM * 4
-    block, b, kv = place(busy, per, kv_heads)
-    start = gl.load(blocks + 4 * block)
-    seg = gl.load(blocks + 4 * block + 2)
-    n_seg = gl.load(blocks + 4 * block + 3)
-    mbarrier.expect(kvf.index(0), KEYS * (D + D_V) * 2)
-    tma_load(desc_k, [b, kv, start, 0], kvf.index(0), kb.index(0))
-    tma_load(desc_v, [b, kv, start, 0], kvf.index(0), vb.index(0))
-    it = 0
-    for h in range(kv * group, kv * group + group):
-        line = (b * (kv_heads * group) + h) * t_pad
-        for sg in range(seg, seg + n_seg):
-            first, left, inner, total = extent(segments, sg)
-            for i in range(total):
-                n0 = first + tile_of(i, left, inner, total - inner) * BM
-                if NAMED:  # noqa: SIM102 - decided at compile time, the other is not
-                    if it >= NB:
-                        named_barrier("sync", 11 + it % NB, 288, 1)
-                load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB, NAMED)
-                load_rows(desc_do, desc_delta, dob, st_b, dof, doe, NB, it, b, h, n0, line, BYTES_V, NB, NAMED)
-                it += 1
-    last = gl.maximum(it - NB, 0)
-    if OVERLAP:  # the last step computes one Sᵀ too many, of any queries
-        if NAMED:  # noqa: SIM102
-            if it >= NB:
-                named_barrier("sync", 11 + it % NB, 288, 1)
-                last += 1
-        load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB, NAMED)
-    if NAMED:  # no barrier is left half full
-        for i in range(last, it):
-            named_barrier("sync", 11 + i % NB, 288, 1)
-    if desc_dk is not None:
-        send_keys(desc_dk, desc_dv, qb, dob, blocks, busy, per, kv_heads, t_k)
 
 
 @gluon.jit(do_not_specialize=["busy", "per", "kv_heads", "group", "t_pad", "t_k"])

@@ -21,8 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.backward import band, extent, n_segments, place, probabilities, producer, segment_of, store_keys
+from distflash.kernels.hopper.backward import probabilities
 from distflash.kernels.hopper.common import again, as_operand, tile_of
+from distflash.kernels.hopper.feed import producer
+from distflash.kernels.hopper.gradient_out import store_keys
+from distflash.kernels.hopper.program import band, extent, n_segments, place, segment_of
 
 
 @gluon.jit

@@ -14,9 +14,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.backward import store_rows
 from distflash.kernels.hopper.common import again, as_operand, entry, kept, tile_of
 from distflash.kernels.hopper.compat import tma_load
+from distflash.kernels.hopper.gradient_out import store_rows
 
 
 @gluon.jit
