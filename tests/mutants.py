@@ -139,7 +139,7 @@ MUTANTS = {
         "            take_turn(cid, TURNS)\n            pass_turn(cid, TURNS)\n        pidx", "            pass\n        pidx",
         "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-causal]"),
     "a window's masks look at one bound": Mutant(
-        "kernels/hopper/host.py", "2 if work.left else 1", "1",
+        "kernels/hopper/host.py", "1 if config.one_bound and not work.left else 2", "1",
         "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-window]"),
     "the left bound counts where a segment is one tile": Mutant(
         "kernels/hopper/schedule.py", "bool(table[:, 4].any())", "bool((table[:, 4] > 1).any())",

@@ -107,7 +107,7 @@ def test_it_predicts_time_where_it_knows_the_device_and_says_why_not_elsewhere(m
     forward, backward, exposed, basis = _predicted(mine[0], torch.device("cuda"), "p2p (nccl)")
     ideal = 4 * 128 * 32 * 65536**2 / 2 / 4 / 677e12
     assert ideal < forward < 1.2 * ideal and 2 * forward < backward < 4 * forward and 0 < exposed < 0.2 * backward
-    assert basis == "kernels measured on an H100, links on 2 and 4 H200"
+    assert basis == "kernels measured on an H100, at D = 128 on two H200, links on 2 and 4 H200"
     assert "400 Gbit/s between hosts assumed" in _predicted(mine[1], torch.device("cuda"), "p2p (nccl)")[3]
     assert _predicted(mine[0], torch.device("cuda"), "local")[0] is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 1")

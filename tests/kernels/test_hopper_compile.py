@@ -1,4 +1,4 @@
-"""check.py itself, on the forwards of one head size with the installed Triton. `make compile-check` has every shipped configuration,
+"""check.py itself, on the forward of each head size with the installed Triton. `make compile-check` has every shipped configuration,
 with the oldest Triton and the newest. Whether they compute the right thing, tests/gpu shows.
 """
 
@@ -20,12 +20,12 @@ def check(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.timeout(600)  # 5 s alone
+@pytest.mark.timeout(600)  # 20 s alone
 def test_shipped_configurations_neither_serialise_nor_spill_more_than_is_known():
-    run = check("--quick", "--only", "forward D64")
+    run = check("--quick", "--only", "forward D")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert "all pass" in run.stdout
-    assert sum(line.startswith("forward D64 ") for line in run.stdout.splitlines()) == 1, run.stdout
+    assert sum(line.startswith("forward D") for line in run.stdout.splitlines()) == len(configs.FORWARD), run.stdout
 
 
 def test_every_shipped_configuration_is_checked():

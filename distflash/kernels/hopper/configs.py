@@ -21,6 +21,7 @@ class ForwardConfig:
     ahead: bool = False  # the next item's first Q Kᵀ runs beside this item's last P V and epilogue
     staged: bool = False  # out leaves by TMA where it can: through a Q buffer if there are two, else through one of its own
     pingpong: bool = False  # consumers take turns at the tensor cores
+    one_bound: bool = False  # masks look at one bound where no segment has another
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
@@ -91,10 +92,10 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True) if not LATER else ForwardConfig(2, 128, 3),
-    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True),
-    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True),
+    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True, one_bound=True),
+    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     (192, 128): ForwardConfig(2, 128, 2),
-    (192, 192): ForwardConfig(2, 64, 3),
+    (192, 192): ForwardConfig(2, 64, 3, one_bound=True),
     (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
@@ -115,7 +116,7 @@ FORWARD_VARIANTS = {
         "one_q": ForwardConfig(2, 128, 3),
         "ahead": ForwardConfig(2, 128, 3, **_AHEAD),
         "ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
-        "alone": ForwardConfig(2, 128, 3, q_stages=2, staged=True),
+        "alone": ForwardConfig(2, 128, 3, q_stages=2, staged=True, one_bound=True),
     },
     (128, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -124,8 +125,8 @@ FORWARD_VARIANTS = {
         "two_q": ForwardConfig(2, 128, 2, q_stages=2),
         "ahead": ForwardConfig(2, 128, 2, **_AHEAD),
         "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
-        "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True),
-        "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True),
+        "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True, one_bound=True),
+        "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -135,7 +136,7 @@ FORWARD_VARIANTS = {
     (192, 192): {
         "simple": ForwardConfig(2, 64, 2, persistent=False),
         "ahead": ForwardConfig(2, 64, 3, ahead=True),
-        "pingpong": ForwardConfig(2, 64, 3, pingpong=True),
+        "pingpong": ForwardConfig(2, 64, 3, pingpong=True, one_bound=True),
     },
     (256, 256): {
         "simple": ForwardConfig(2, 64, 2, persistent=False),

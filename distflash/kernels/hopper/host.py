@@ -84,7 +84,7 @@ class HopperKernel:
             out, lse, lse if acc is None else acc.out.contiguous(), lse, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
             config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead,
-            config.consumers if config.pingpong else 0, 2 if work.left else 1,
+            config.consumers if config.pingpong else 0, 1 if config.one_bound and not work.left else 2,
             *config.regs, num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)
