@@ -129,7 +129,7 @@ MUTANTS = {
         "kernels/hopper/forward.py", "top = gl.maximum(m, gl.max(s, 1) * qs)", "top = m",
         "kernels/test_hopper_forward.py::test_a_maximum_that_every_tile_raises[leaps]"),
     "an item's line comes where the one before it stands": Mutant(
-        "kernels/hopper/forward.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
+        "kernels/hopper/feed.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
         "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),
     "a tile that rows are spared is no turn": Mutant(
         "kernels/hopper/forward.py", "                take_turn(cid, TURNS)\n                pass_turn(cid, TURNS)\n", "",

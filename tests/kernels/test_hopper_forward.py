@@ -37,7 +37,7 @@ def judge(found, q, k, v, tiles, scale, dtype, before=None):
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_every_kind_of_mask(head_dim, table):
     tiles, scale = TABLES[table], head_dim**-0.5
     q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16)

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from distflash.kernels.hopper import configs
 from distflash.kernels.hopper.common import again, as_operand, tile_of
 from distflash.kernels.hopper.compat import group_sync, named_barrier, tma_reduce_add
-from distflash.kernels.hopper.feed import producer
+from distflash.kernels.hopper.gradient_feed import producer
 from distflash.kernels.hopper.gradient_out import leave, store_keys
 from distflash.kernels.hopper.program import band, extent, n_segments, place, segment_of
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from distflash.kernels.hopper.backward import probabilities
 from distflash.kernels.hopper.common import again, as_operand, tile_of
-from distflash.kernels.hopper.feed import producer
+from distflash.kernels.hopper.gradient_feed import producer
 from distflash.kernels.hopper.gradient_out import store_keys
 from distflash.kernels.hopper.program import band, extent, n_segments, place, segment_of
 

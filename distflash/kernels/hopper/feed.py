@@ -1,4 +1,4 @@
-"""The TMA warp of the backwards with stationary keys: what it loads, in the order in which the consumers read it."""
+"""The TMA warp of a forward, and the buffers that it fills: an item's line and Q, then its K and V in the consumers' order."""
 
 from __future__ import annotations
 
@@ -6,63 +6,84 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from distflash.kernels.hopper.common import tile_of
-from distflash.kernels.hopper.compat import named_barrier, tma_load
-from distflash.kernels.hopper.gradient_out import send_keys
-from distflash.kernels.hopper.program import extent, place
+from distflash.kernels.hopper.common import entry
+from distflash.kernels.hopper.compat import tma_load
+from distflash.kernels.hopper.items import from_right
+
+
+@gluon.constexpr_function
+def tile_bytes(tiles):
+    """Of one tile, all its parts, of 16-bit elements."""
+    return sum(part.shape[1] * part.shape[2] * 2 for part in tiles)
 
 
 @gluon.jit
-def load_rows(desc, desc_stat, tiles, stats, full, empty, FIRST: gl.constexpr, it, b, h, n0, line, BYTES: gl.constexpr, NB: gl.constexpr,
-    NAMED: gl.constexpr
-):  # fmt: skip
-    """Tile `it` of Q and lse (FIRST 0), or of dO and delta (FIRST NB, where delta begins in `stats`), into its slot."""
-    slot = it % NB
-    if not NAMED:
-        mbarrier.wait(empty.index(slot), 1 - (it // NB) % 2)
-    mbarrier.expect(full.index(slot), BYTES)
-    tma_load(desc, [b, h, n0, 0], full.index(slot), tiles.index(slot))
-    tma_load(desc_stat, [line + n0], full.index(slot), stats.index(FIRST + slot))
+def fill(tiles, slot, desc, desc2, b, h, row, full):
+    """One tile from row `row`, a box a part."""
+    tma_load(desc, [b, h, row, 0], full, tiles[0].index(slot))
+    if desc2 is not None:
+        tma_load(desc2, [b, h, row, desc.block_shape[3]], full, tiles[1].index(slot))
 
 
 @gluon.jit
 def producer(
-    desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof, qe, doe, blocks,
-    segments, busy, per, kv_heads, group, t_pad, t_k, KEYS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
-    NB: gl.constexpr, OVERLAP: gl.constexpr, NAMED: gl.constexpr
+    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments, order, rounds, heads,
+    group, NQ: gl.constexpr
 ):  # fmt: skip
-    """The TMA warp: K and V once, then Q and dO tile by tile."""
-    BYTES: gl.constexpr = BM * D * 2 + BM * 4
-    BYTES_V: gl.constexpr = BM * D_V * 2 + BM * 4
-    block, b, kv = place(busy, per, kv_heads)
-    start = gl.load(blocks + 4 * block)
-    seg = gl.load(blocks + 4 * block + 2)
-    n_seg = gl.load(blocks + 4 * block + 3)
-    mbarrier.expect(kvf.index(0), KEYS * (D + D_V) * 2)
-    tma_load(desc_k, [b, kv, start, 0], kvf.index(0), kb.index(0))
-    tma_load(desc_v, [b, kv, start, 0], kvf.index(0), vb.index(0))
-    it = 0
-    for h in range(kv * group, kv * group + group):
-        line = (b * (kv_heads * group) + h) * t_pad
-        for sg in range(seg, seg + n_seg):
-            first, left, inner, total = extent(segments, sg)
+    """The TMA warp: an item's line and Q, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box
+    is filled with zeros, and counts in full."""
+    NC: gl.constexpr = q[0].shape[0] // NQ
+    NB: gl.constexpr = k[0].shape[0]
+    BN: gl.constexpr = k[0].shape[1]
+    idx = 0
+    ph = 1
+    q_bytes: gl.constexpr = NC * tile_bytes(q)
+    k_bytes: gl.constexpr = tile_bytes(k)
+    v_bytes: gl.constexpr = tile_bytes(v)
+    items = gl.load(entry(0, order, rounds) + 6)
+    for r in range(items):
+        at = entry(r, order, rounds)
+        bh = gl.load(at + 1)
+        start = gl.load(at + 2)
+        n_seg = gl.load(at + 5)
+        b = bh // heads
+        h = bh % heads
+        hk = h // group
+        mbarrier.wait(qe.index(r % NQ), ((r // NQ) & 1) ^ 1)
+        mbarrier.expect(qf.index(r % NQ), q_bytes + 64)
+        tma_load(desc_order, [16 * (gl.program_id(0) * rounds + r)], qf.index(r % NQ), dealt.index(2 * (r % 2)))
+        for c in gl.static_range(NC):
+            fill(q, (r % NQ) * NC + c, desc_q, desc_q2, b, h, start + c * 64, qf.index(r % NQ))
+        for n in range(n_seg):
+            at = entry(r, order, rounds)
+            at = gl.where(n == 0, at + 8, segments + 8 * (gl.load(at + 4) + n))
+            first = gl.load(at)
+            left = gl.load(at + 4)
+            inner = gl.load(at + 5)
+            total = gl.load(at + 6)
             for i in range(total):
-                n0 = first + tile_of(i, left, inner, total - inner) * BM
-                if NAMED:  # noqa: SIM102 - decided at compile time, the other is not
-                    if it >= NB:
-                        named_barrier("sync", 11 + it % NB, 288, 1)
-                load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, h, n0, line, BYTES, NB, NAMED)
-                load_rows(desc_do, desc_delta, dob, st_b, dof, doe, NB, it, b, h, n0, line, BYTES_V, NB, NAMED)
-                it += 1
-    last = gl.maximum(it - NB, 0)
-    if OVERLAP:  # the last step computes one Sᵀ too many, of any queries
-        if NAMED:  # noqa: SIM102
-            if it >= NB:
-                named_barrier("sync", 11 + it % NB, 288, 1)
-                last += 1
-        load_rows(desc_q, desc_lse, qb, st_b, qf, qe, 0, it, b, kv * group, 0, 0, BYTES, NB, NAMED)
-    if NAMED:  # no barrier is left half full
-        for i in range(last, it):
-            named_barrier("sync", 11 + i % NB, 288, 1)
-    if desc_dk is not None:
-        send_keys(desc_dk, desc_dv, qb, dob, blocks, busy, per, kv_heads, t_k)
+                n0 = first + from_right(i, left, inner, total - inner) * BN
+                mbarrier.wait(ke.index(idx), ph)
+                mbarrier.expect(kf.index(idx), k_bytes)
+                fill(k, idx, desc_k, desc_k2, b, hk, n0, kf.index(idx))
+                mbarrier.wait(ve.index(idx), ph)
+                mbarrier.expect(vf.index(idx), v_bytes)
+                fill(v, idx, desc_v, desc_v2, b, hk, n0, vf.index(idx))
+                idx = idx + 1
+                wrap = idx == NB
+                idx = gl.where(wrap, 0, idx)
+                ph = gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
+def buffers(n: gl.constexpr, desc, desc2):
+    """Shared memory for n tiles of what the descriptors read, a buffer a part."""
+    shape: gl.constexpr = desc.block_shape
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape[2], shape[3]], desc.dtype)
+    one = gl.allocate_shared_memory(desc.dtype, [n, shape[2], shape[3]], layout)
+    if desc2 is None:
+        return (one,)
+    else:
+        shape2: gl.constexpr = desc2.block_shape
+        layout2: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape2[2], shape2[3]], desc.dtype)
+        return one, gl.allocate_shared_memory(desc.dtype, [n, shape2[2], shape2[3]], layout2)

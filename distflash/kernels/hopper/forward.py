@@ -27,84 +27,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from distflash.kernels.hopper.common import again, as_operand, entry, kept, lines
-from distflash.kernels.hopper.compat import named_barrier, tma_load
+from distflash.kernels.hopper.common import again, entry, kept, lines
+from distflash.kernels.hopper.feed import buffers, producer
 from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
 from distflash.kernels.hopper.out import leave, scaled, stage
-
-_TURN = gl.constexpr(9)  # the first consumer's named barrier
-
-
-@gluon.jit
-def weights(s, qs, top):
-    """Probabilities up to a factor a row: 2^(s * qs - top), the exponent in one FMA."""
-    return gl.exp2(gl.fma(s, qs, -top[:, None]))
-
-
-@gluon.jit
-def cast(x, k, acc):
-    """as_operand for every part of acc: how P lies in registers does not depend on their widths."""
-    o_l: gl.constexpr = acc[0].type.layout
-    return as_operand(x, k[0].dtype, o_l)
-
-
-@gluon.jit
-def scores(q, k, mine, idx, zero):
-    """Issue Q Kᵀ of a tile: a sum over the parts of the head dim."""
-    s = warpgroup_mma(q[0].index(mine), k[0].index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
-    for c in gl.static_range(1, len(k)):
-        s = warpgroup_mma(q[c].index(mine), k[c].index(idx).permute([1, 0]), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def values(p, v, idx, acc):
-    """Issue P V of a tile, each part of its columns into an accumulator of its own."""
-    new = (warpgroup_mma(p, v[0].index(idx), acc[0], is_async=True),)
-    for c in gl.static_range(1, len(v)):
-        new = new + (warpgroup_mma(p, v[c].index(idx), acc[c], is_async=True),)
-    return new
-
-
-@gluon.jit
-def finished(acc, p, behind: gl.constexpr = 0):
-    """Wait for P V, of which p is an operand until then, but not for the products issued behind it."""
-    if len(acc) == 1:
-        a, p = warpgroup_mma_wait(behind, deps=[acc[0], p])
-        return (a,)
-    else:
-        a, b, p = warpgroup_mma_wait(behind, deps=[acc[0], acc[1], p])
-        return a, b
-
-
-@gluon.jit
-def before(idx, ph, NB: gl.constexpr):
-    """The slot filled before this one, and its phase. Computed, not carried: the loop has no register to spare."""
-    wrap = idx == 0
-    return gl.where(wrap, NB - 1, idx - 1), gl.where(wrap, ph ^ 1, ph)
-
-
-@gluon.jit
-def after(idx, ph, NB: gl.constexpr):
-    """The slot filled next, and its phase."""
-    wrap = idx == NB - 1
-    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
-
-
-@gluon.jit
-def take_turn(cid: gl.constexpr, TURNS: gl.constexpr):
-    """Wait until the consumer before this one has issued its products of the tile; the first one, until the last has of the tile before."""
-    if TURNS:
-        named_barrier("sync", _TURN + cid, 256)
-
-
-@gluon.jit
-def pass_turn(cid: gl.constexpr, TURNS: gl.constexpr):
-    """The next consumer's turn."""
-    if TURNS:
-        named_barrier("arrive", _TURN + (cid + 1) % TURNS, 256)
+from distflash.kernels.hopper.products import after, before, cast, finished, pass_turn, scores, take_turn, values, weights, zeros
 
 
 @gluon.jit
@@ -136,13 +65,6 @@ def step(
     acc = scaled(acc, alpha)
     idx, ph = after(idx, ph, NB)
     return top, l, acc, cast(x, k, acc), idx, ph
-
-
-@gluon.jit
-def zeros(columns):
-    """An accumulator for one part of V."""
-    D: gl.constexpr = columns.shape[2]
-    return gl.zeros([64, D], gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
 
 
 @gluon.jit
@@ -309,84 +231,6 @@ def consumer(
         take_turn(cid, TURNS)  # the last one passed: no barrier is left half full
     if desc_o is not None:
         tma.store_wait(0)
-
-
-@gluon.constexpr_function
-def tile_bytes(tiles):
-    """Of one tile, all its parts, of 16-bit elements."""
-    return sum(part.shape[1] * part.shape[2] * 2 for part in tiles)
-
-
-@gluon.jit
-def fill(tiles, slot, desc, desc2, b, h, row, full):
-    """One tile from row `row`, a box a part."""
-    tma_load(desc, [b, h, row, 0], full, tiles[0].index(slot))
-    if desc2 is not None:
-        tma_load(desc2, [b, h, row, desc.block_shape[3]], full, tiles[1].index(slot))
-
-
-@gluon.jit
-def producer(
-    desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments, order, rounds, heads,
-    group, NQ: gl.constexpr
-):  # fmt: skip
-    """The TMA warp: an item's line and Q, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box
-    is filled with zeros, and counts in full."""
-    NC: gl.constexpr = q[0].shape[0] // NQ
-    NB: gl.constexpr = k[0].shape[0]
-    BN: gl.constexpr = k[0].shape[1]
-    idx = 0
-    ph = 1
-    q_bytes: gl.constexpr = NC * tile_bytes(q)
-    k_bytes: gl.constexpr = tile_bytes(k)
-    v_bytes: gl.constexpr = tile_bytes(v)
-    items = gl.load(entry(0, order, rounds) + 6)
-    for r in range(items):
-        at = entry(r, order, rounds)
-        bh = gl.load(at + 1)
-        start = gl.load(at + 2)
-        n_seg = gl.load(at + 5)
-        b = bh // heads
-        h = bh % heads
-        hk = h // group
-        mbarrier.wait(qe.index(r % NQ), ((r // NQ) & 1) ^ 1)
-        mbarrier.expect(qf.index(r % NQ), q_bytes + 64)
-        tma_load(desc_order, [16 * (gl.program_id(0) * rounds + r)], qf.index(r % NQ), dealt.index(2 * (r % 2)))
-        for c in gl.static_range(NC):
-            fill(q, (r % NQ) * NC + c, desc_q, desc_q2, b, h, start + c * 64, qf.index(r % NQ))
-        for n in range(n_seg):
-            at = entry(r, order, rounds)
-            at = gl.where(n == 0, at + 8, segments + 8 * (gl.load(at + 4) + n))
-            first = gl.load(at)
-            left = gl.load(at + 4)
-            inner = gl.load(at + 5)
-            total = gl.load(at + 6)
-            for i in range(total):
-                n0 = first + from_right(i, left, inner, total - inner) * BN
-                mbarrier.wait(ke.index(idx), ph)
-                mbarrier.expect(kf.index(idx), k_bytes)
-                fill(k, idx, desc_k, desc_k2, b, hk, n0, kf.index(idx))
-                mbarrier.wait(ve.index(idx), ph)
-                mbarrier.expect(vf.index(idx), v_bytes)
-                fill(v, idx, desc_v, desc_v2, b, hk, n0, vf.index(idx))
-                idx = idx + 1
-                wrap = idx == NB
-                idx = gl.where(wrap, 0, idx)
-                ph = gl.where(wrap, ph ^ 1, ph)
-
-
-@gluon.jit
-def buffers(n: gl.constexpr, desc, desc2):
-    """Shared memory for n tiles of what the descriptors read, a buffer a part."""
-    shape: gl.constexpr = desc.block_shape
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape[2], shape[3]], desc.dtype)
-    one = gl.allocate_shared_memory(desc.dtype, [n, shape[2], shape[3]], layout)
-    if desc2 is None:
-        return (one,)
-    else:
-        shape2: gl.constexpr = desc2.block_shape
-        layout2: gl.constexpr = gl.NVMMASharedLayout.get_default_for([shape2[2], shape2[3]], desc.dtype)
-        return one, gl.allocate_shared_memory(desc.dtype, [n, shape2[2], shape2[3]], layout2)
 
 
 @gluon.jit(do_not_specialize=["rounds", "heads", "group", "t_q"])

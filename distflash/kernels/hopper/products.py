@@ -1,0 +1,89 @@
+"""What a step of a forward is made of (forward.py): two products, the weights between them, the slots they read, and whose turn it is."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from distflash.kernels.hopper.common import as_operand
+from distflash.kernels.hopper.compat import named_barrier
+
+_TURN = gl.constexpr(9)  # the first consumer's named barrier
+
+
+@gluon.jit
+def weights(s, qs, top):
+    """Probabilities up to a factor a row: 2^(s * qs - top), the exponent in one FMA."""
+    return gl.exp2(gl.fma(s, qs, -top[:, None]))
+
+
+@gluon.jit
+def cast(x, k, acc):
+    """as_operand for every part of acc: how P lies in registers does not depend on their widths."""
+    o_l: gl.constexpr = acc[0].type.layout
+    return as_operand(x, k[0].dtype, o_l)
+
+
+@gluon.jit
+def scores(q, k, mine, idx, zero):
+    """Issue Q Kᵀ of a tile: a sum over the parts of the head dim."""
+    s = warpgroup_mma(q[0].index(mine), k[0].index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
+    for c in gl.static_range(1, len(k)):
+        s = warpgroup_mma(q[c].index(mine), k[c].index(idx).permute([1, 0]), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def values(p, v, idx, acc):
+    """Issue P V of a tile, each part of its columns into an accumulator of its own."""
+    new = (warpgroup_mma(p, v[0].index(idx), acc[0], is_async=True),)
+    for c in gl.static_range(1, len(v)):
+        new = new + (warpgroup_mma(p, v[c].index(idx), acc[c], is_async=True),)
+    return new
+
+
+@gluon.jit
+def finished(acc, p, behind: gl.constexpr = 0):
+    """Wait for P V, of which p is an operand until then, but not for the products issued behind it."""
+    if len(acc) == 1:
+        a, p = warpgroup_mma_wait(behind, deps=[acc[0], p])
+        return (a,)
+    else:
+        a, b, p = warpgroup_mma_wait(behind, deps=[acc[0], acc[1], p])
+        return a, b
+
+
+@gluon.jit
+def zeros(columns):
+    """An accumulator for one part of V."""
+    D: gl.constexpr = columns.shape[2]
+    return gl.zeros([64, D], gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
+
+
+@gluon.jit
+def before(idx, ph, NB: gl.constexpr):
+    """The slot filled before this one, and its phase. Computed, not carried: the loop has no register to spare."""
+    wrap = idx == 0
+    return gl.where(wrap, NB - 1, idx - 1), gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
+def after(idx, ph, NB: gl.constexpr):
+    """The slot filled next, and its phase."""
+    wrap = idx == NB - 1
+    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
+
+
+@gluon.jit
+def take_turn(cid: gl.constexpr, TURNS: gl.constexpr):
+    """Wait until the consumer before this one has issued its products of the tile; the first one, until the last has of the tile before."""
+    if TURNS:
+        named_barrier("sync", _TURN + cid, 256)
+
+
+@gluon.jit
+def pass_turn(cid: gl.constexpr, TURNS: gl.constexpr):
+    """The next consumer's turn."""
+    if TURNS:
+        named_barrier("arrive", _TURN + (cid + 1) % TURNS, 256)
