@@ -2,8 +2,7 @@
 
     python -m benchmarks.bench_kernel                              every part below; writes results/kernels_DEVICE.json and prints the table
     python -m benchmarks.bench_kernel --part d64 gqa --append      some parts, added to that file
-    python -m benchmarks.bench_kernel --quick --part d128          S = 8192 alone
-    python -m benchmarks.bench_kernel --part d64 --variants all --peers --only forward      other configurations, from hopper/configs.py
+    python -m benchmarks.bench_kernel --lengths 8192 --part d128   S = 8192 alone
     python -m benchmarks.bench_kernel --plot                       draws the file, measures nothing
 
 Parts: d64, d128, d256 (S from 2048 to 32768, causal and full, B S = 32768 tokens, H D = 2048), gqa (D = 128, 32 query heads, 8 key/value
@@ -24,7 +23,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -49,7 +48,7 @@ def documents(count: int = 64, tokens: int = peers.TOKENS, seed: int = 0) -> tup
     return (0, *sorted(random.Random(seed).sample(range(1, tokens), count - 1)), tokens)
 
 
-def jobs(parts: list[str], lengths: tuple[int, ...], passes: list[str], ours: Callable[[int, str], list[str]], others: list[str]) -> Rows:
+def jobs(parts: list[str], lengths: Sequence[int], passes: list[str], ours: Callable[[int, str], list[str]], others: list[str]) -> Rows:
     """What is to be timed: a job a cell, with the kernels of each direction."""
     found: Rows = []
 
@@ -64,7 +63,7 @@ def jobs(parts: list[str], lengths: tuple[int, ...], passes: list[str], ours: Ca
             add(part, peers.Cell(D, S, causal, H, Hk), others, ours)
     if "ragged" in parts:
         varlen = [name for name in others if name in ("fa2", "fa3", "fa4")]
-        add("ragged", peers.Cell(128, peers.TOKENS, True, 16, 16, documents()), varlen, lambda *_: [OURS])
+        add("ragged", peers.Cell(128, peers.TOKENS, True, 16, 16, documents()), varlen, ours)
         add("dense", peers.Cell(128, 8192, True, 16, 16), [], lambda *_: [OURS])
     return found
 
@@ -123,14 +122,18 @@ def compile_all(timed: Rows, checks: Rows, workers: int, options: dict[str, Any]
     return found
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None = __doc__, **defaults: Any) -> argparse.Namespace:
+    """The command line of `measure`, for a program that is `about` this and has other defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="S = 8192 alone")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="S", help="those of the parts above but the last two"
+    )
     parser.add_argument("--only", choices=["forward", "backward"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--variants", nargs="+", default=[OURS], help=f"names from hopper/configs.py, {OURS} (the shipped ones), or all")
+    parser.add_argument("--turns", type=int, default=1, help="times forwards and backwards through the kernels of a cell, 40 ms each")
     parser.add_argument("--times", type=int, default=1000, help="of the part repeats")
     parser.add_argument("--force", action="store_true", help="time our configurations that are found wrong too, and say so")
     parser.add_argument("--limit", type=float, default=90, help="seconds that a child may stay silent")
@@ -141,6 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="keep what the file holds of other cells")
     parser.add_argument("--plot", action="store_true", help="draw the file beside it, measure nothing")
     parser.add_argument("--out", type=Path, help="default: results/kernels_DEVICE.json")
+    parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
@@ -164,16 +168,16 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, log_path: Path) -> Rows:
     begin, rows = time.time(), []
-    lengths, passes = (8192,) if args.quick else LENGTHS, [args.only] if args.only else ["forward", "backward"]
+    passes = [args.only] if args.only else ["forward", "backward"]
     names = {D: peers.variants(D) for D in (64, 128, 256)}  # name -> directions
     asked = lambda D: [n for n in names[D] if n in args.variants or "all" in args.variants]  # noqa: E731
-    dims = sorted({SHAPES[part][0] for part in args.part if part in SHAPES})
+    dims = sorted({SHAPES.get(part, SHAPES["d128"])[0] for part in args.part if part != "repeats"})
     checks: Rows = [{"kind": "check", "D": D, "names": [name]} for D in dims for name in asked(D)]
     options = {"command": children.command("benchmarks.bench_kernel"), "limit": args.limit, "deadline": begin + args.budget}
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w") as log:
         ours = lambda D, direction: [name for name in asked(D) if direction in names[D][name]]  # noqa: E731
-        timed = jobs(args.part, lengths, passes, ours, args.peers)
+        timed = [{**job, "turns": args.turns} for job in jobs(args.part, args.lengths, passes, ours, args.peers)]
         rows += compile_all(timed, checks, args.workers, {**options, "log": log})
         print(f"compiled and checked after {time.time() - begin:.0f} s", flush=True)
         if args.force:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,27 +82,30 @@ def time_cell(job: dict[str, Any]) -> Rows:
                 rows[-1]["error"] = error or "no backward"
                 ready.pop(name, None)
         mine = {row["name"]: row for row in rows if row["pass"] == direction}
-        for name, (milliseconds, error) in in_turn(ready).items():
-            mine[name] |= {"error": error} if error else figures(milliseconds, cell.flops(backward))
+        for name, (turns, error) in in_turn(ready, job.get("turns", 1)).items():
+            mine[name] |= {"error": error} if error else figures(turns, cell.flops(backward))
     return rows
 
 
-def figures(milliseconds: list[float], flops: float) -> dict[str, float]:
-    """Median, and the fast and slow 20 %, in TFLOP/s."""
+def figures(turns: list[list[float]], flops: float) -> dict[str, Any]:
+    """Median, and the fast and slow 20 %, in TFLOP/s; the medians of single turns."""
+    milliseconds = list(chain(*turns))
     fast, *_, slow = statistics.quantiles(milliseconds, n=5)
     middle = statistics.median(milliseconds)
     rates = {"tflops": middle, "tflops_low": slow, "tflops_high": fast}
-    return {"ms": middle, "calls": len(milliseconds), **{word: flops / ms / 1e9 for word, ms in rates.items()}}
+    of_turns = [statistics.median(turn) for turn in turns]
+    return {"ms": middle, "calls": len(milliseconds), **{word: flops / ms / 1e9 for word, ms in rates.items()}, "ms_of_turns": of_turns}
 
 
-def in_turn(runs: dict[str, Callable[[], Any]]) -> dict[str, tuple[list[float], str | None]]:
-    """Milliseconds of each call, in two turns through the list, forwards and backwards; or why a kernel failed."""
+def in_turn(runs: dict[str, Callable[[], Any]], times: int) -> dict[str, tuple[list[list[float]], str | None]]:
+    """Milliseconds of each call, turn by turn, `times` forwards and backwards through the list; or why a kernel failed."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    found: dict[str, tuple[list[float], str | None]] = {name: ([], None) for name in runs}
-    for name in (*runs, *reversed(runs)):
-        if found[name][1] is None:
-            times, error = attempt(name, partial(one_turn, runs[name], flush))
-            found[name] = (found[name][0] + (times or []), error)
+    found: dict[str, tuple[list[list[float]], str | None]] = {name: ([], None) for name in runs}
+    for name in (*runs, *reversed(runs)) * times:
+        turns, error = found[name]
+        if error is None:
+            turn, error = attempt(name, partial(one_turn, runs[name], flush))
+            found[name] = ([*turns, turn] if turn else turns, error)
     return found
 
 

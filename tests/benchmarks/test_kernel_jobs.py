@@ -70,6 +70,9 @@ def test_every_kernel_gets_a_row_in_each_direction_timed_or_with_its_reason(cpu)
 def test_kernels_are_timed_in_two_turns_the_second_backwards(cpu):
     kernel_jobs.work(job("distflash", "fa2", "fa3", backward=False))
     assert cpu[-6:] == ["distflash", "fa2", "fa3", "fa3", "fa2", "distflash"]
+    rows = kernel_jobs.work({**job("distflash", "fa2", backward=False), "turns": 2})
+    assert cpu[-8:] == ["distflash", "fa2", "fa2", "distflash"] * 2
+    assert [row["ms_of_turns"] for row in rows] == [[2.0] * 4] * 2
 
 
 def test_an_error_that_costs_the_gpu_s_context_ends_the_job(cpu):

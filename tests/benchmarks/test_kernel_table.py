@@ -107,6 +107,6 @@ def test_work_is_counted_over_the_pairs_that_are_kept():
 
 
 def test_a_figure_is_the_median_with_the_slow_and_the_fast_fifth():
-    found = figures([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], 1e9)
+    found = figures([[1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0, 5.0]], 1e9)
     assert found["ms"] == 5.0 and found["calls"] == 9 and found["tflops"] == pytest.approx(0.2)
     assert found["tflops_high"] == pytest.approx(0.5) and found["tflops_low"] == pytest.approx(0.125)
