@@ -133,14 +133,14 @@ MUTANTS = {
         "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),
     "a tile that rows are spared is no turn": Mutant(
         "kernels/hopper/forward.py", "                take_turn(cid, TURNS)\n                pass_turn(cid, TURNS)\n", "",
-        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-full]"),
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-None-full]"),
     "a first tile that rows are spared is no turn": Mutant(
         "kernels/hopper/forward.py",
         "            take_turn(cid, TURNS)\n            pass_turn(cid, TURNS)\n        pidx", "            pass\n        pidx",
-        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-causal]"),
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-None-causal]"),
     "a window's masks look at one bound": Mutant(
         "kernels/hopper/host.py", "1 if config.one_bound and not work.left else 2", "1",
-        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-window]"),
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-None-window]"),
     "the left bound counts where a segment is one tile": Mutant(
         "kernels/hopper/schedule.py", "bool(table[:, 4].any())", "bool((table[:, 4] > 1).any())",
         "kernels/test_hopper_schedule.py::test_each_kept_pair_is_computed_once"),

@@ -279,7 +279,9 @@ class Named:
     there: set[int] = field(default_factory=set)
 
 
-def _named_barrier(verb, number, threads, warps=4) -> None:
+def _named_barrier(verb, number, threads, warps=4, pred=True) -> None:
+    if not pred:
+        return
     machine, me = _LOCAL.machine, threading.get_ident()
     with machine.changed:
         bar = machine.named.setdefault(int(number), Named())

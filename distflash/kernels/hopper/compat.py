@@ -48,18 +48,20 @@ else:
 
 @gluon.constexpr_function
 def _bar(verb, threads):
-    return f"bar.{verb} $1, {threads}; mov.b32 $0, $1;"
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p bar.{verb} $1, {threads}; mov.b32 $0, $1; }}"
 
 
 @gluon.jit
-def named_barrier(VERB: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr = 4):
-    """`sync` on, or only `arrive` at, a named barrier of several partitions, THREADS threads in all; once a thread of this one's WARPS.
+def named_barrier(VERB: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr = 4, pred=True):
+    """`sync` on, or only `arrive` at, a named barrier of several partitions, THREADS threads in all; once a thread of this one's WARPS,
+    if `pred` holds.
 
     Numbers 0..8 belong to Triton (one for each partition and the rejoin barriers); ours start at 9 and end at 15.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     each = gl.full([32 * WARPS], number, gl.int32, layout=layout)
-    gl.inline_asm_elementwise(_bar(VERB, THREADS), "=r,r", [each], dtype=gl.int32, is_pure=False, pack=1)
+    wanted = gl.full([32 * WARPS], pred, gl.int32, layout=layout)
+    gl.inline_asm_elementwise(_bar(VERB, THREADS), "=r,r,r", [each, wanted], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -22,6 +22,7 @@ class ForwardConfig:
     staged: bool = False  # out leaves by TMA where it can: through a Q buffer if there are two, else through one of its own
     pingpong: bool = False  # consumers take turns at the tensor cores
     one_bound: bool = False  # masks look at one bound where no segment has another
+    named: bool = False  # K and V are given back at named barriers, and a row's sum stays with its four threads until an item's end
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
@@ -109,6 +110,7 @@ FORWARD_VARIANTS = {
         "ahead_nb3": ForwardConfig(3, 128, 3, **_AHEAD, **_THREE),
         "ahead": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE),
         "alone": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True),
+        "named": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True, named=True),
         "wg2ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
     },
     (96, 96): {
@@ -127,6 +129,8 @@ FORWARD_VARIANTS = {
         "ahead_staged": ForwardConfig(2, 128, 2, **_AHEAD, staged=True),
         "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True, one_bound=True),
         "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True),
+        "named": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True, named=True),
+        "named_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -144,6 +148,7 @@ FORWARD_VARIANTS = {
         "ahead": ForwardConfig(2, 64, 2, ahead=True),
         "staged": ForwardConfig(2, 64, 2, staged=True),
         "pingpong": ForwardConfig(2, 64, 2, ahead=True, staged=True, pingpong=True),
+        "named": ForwardConfig(2, 64, 2, ahead=True, staged=True, named=True),
     },
 }
 

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from distflash.kernels.hopper.common import entry
 from distflash.kernels.hopper.compat import tma_load
 from distflash.kernels.hopper.items import from_right
+from distflash.kernels.hopper.slots import reclaim
 
 
 @gluon.constexpr_function
@@ -28,15 +29,14 @@ def fill(tiles, slot, desc, desc2, b, h, row, full):
 @gluon.jit
 def producer(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments, order, rounds, heads,
-    group, NQ: gl.constexpr
+    group, NQ: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
     """The TMA warp: an item's line and Q, then its K and V tile by tile, in the consumers' order. Past a tensor's last row or column a box
     is filled with zeros, and counts in full."""
     NC: gl.constexpr = q[0].shape[0] // NQ
     NB: gl.constexpr = k[0].shape[0]
     BN: gl.constexpr = k[0].shape[1]
-    idx = 0
-    ph = 1
+    it = 0
     q_bytes: gl.constexpr = NC * tile_bytes(q)
     k_bytes: gl.constexpr = tile_bytes(k)
     v_bytes: gl.constexpr = tile_bytes(v)
@@ -63,16 +63,18 @@ def producer(
             total = gl.load(at + 6)
             for i in range(total):
                 n0 = first + from_right(i, left, inner, total - inner) * BN
-                mbarrier.wait(ke.index(idx), ph)
-                mbarrier.expect(kf.index(idx), k_bytes)
-                fill(k, idx, desc_k, desc_k2, b, hk, n0, kf.index(idx))
-                mbarrier.wait(ve.index(idx), ph)
-                mbarrier.expect(vf.index(idx), v_bytes)
-                fill(v, idx, desc_v, desc_v2, b, hk, n0, vf.index(idx))
-                idx = idx + 1
-                wrap = idx == NB
-                idx = gl.where(wrap, 0, idx)
-                ph = gl.where(wrap, ph ^ 1, ph)
+                slot = it % NB
+                reclaim(ke, it, NAMED, 0, NB)
+                mbarrier.expect(kf.index(slot), k_bytes)
+                fill(k, slot, desc_k, desc_k2, b, hk, n0, kf.index(slot))
+                reclaim(ve, it, NAMED, NB, NB)
+                mbarrier.expect(vf.index(slot), v_bytes)
+                fill(v, slot, desc_v, desc_v2, b, hk, n0, vf.index(slot))
+                it += 1
+    if NAMED:  # no barrier is left half full
+        for n in range(gl.maximum(it, NB), it + NB):
+            reclaim(ke, n, NAMED, 0, NB)
+            reclaim(ve, n, NAMED, NB, NB)
 
 
 @gluon.jit

@@ -33,13 +33,14 @@ from distflash.kernels.hopper.common import again, entry, kept, lines
 from distflash.kernels.hopper.feed import buffers, producer
 from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
 from distflash.kernels.hopper.out import leave, scaled, stage
-from distflash.kernels.hopper.products import after, before, cast, finished, pass_turn, scores, take_turn, values, weights, zeros
+from distflash.kernels.hopper.products import cast, finished, rescaled, row_sums, scores, values, weights, zeros
+from distflash.kernels.hopper.slots import after, before, pass_turn, release, take_turn
 
 
 @gluon.jit
 def step(
-    MASK: gl.constexpr, cid: gl.constexpr, TURNS: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero, idx, ph, qs, n0, low,
-    high
+    MASK: gl.constexpr, cid: gl.constexpr, TURNS: gl.constexpr, NAMED: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero,
+    idx, ph, qs, n0, low, high
 ):  # fmt: skip
     """One column tile, of which MASK bounds are looked at: QK of this one and PV of the last one, of the weights p, run together; the
     softmax of this one beside PV."""
@@ -52,30 +53,32 @@ def step(
     acc = values(p, v, pidx, acc)
     pass_turn(cid, TURNS)
     s = warpgroup_mma_wait(len(v), deps=[s])
-    mbarrier.arrive(ke.index(idx), count=1)
+    release(ke, idx, NAMED, 0)
     if MASK:
         s = kept(s, n0, low, high, MASK)
     top = gl.maximum(m, gl.max(s, 1) * qs)
     shift = gl.where(top == float("-inf"), 0.0, top) if MASK else top
     alpha = gl.exp2(m - shift)
     x = weights(s, qs, shift)
-    l = l * alpha + gl.sum(x, 1)
+    l = rescaled(l, alpha) + row_sums(x, NAMED > 0)
     acc = finished(acc, p)
-    mbarrier.arrive(ve.index(pidx), count=1)
+    release(ve, pidx, NAMED, NB)
     acc = scaled(acc, alpha)
     idx, ph = after(idx, ph, NB)
     return top, l, acc, cast(x, k, acc), idx, ph
 
 
 @gluon.jit
-def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, more, NQ: gl.constexpr):
+def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, more, NQ: gl.constexpr,
+    NAMED: gl.constexpr
+):  # fmt: skip
     """(item r's first Q Kᵀ, issued, its slot and phase) if there are `more` items; K of a first tile that is not wanted is given back."""
     NC: gl.constexpr = q[0].shape[0] // NQ
     NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(qf.index(r % NQ), (r // NQ) & 1, pred=more)
     skip = more & (spared(line_of(dealt, r), cid)[0] > 0)
     mbarrier.wait(kf.index(idx), ph, pred=skip)
-    mbarrier.arrive(ke.index(idx), count=1, pred=skip)
+    release(ke, idx, NAMED, 0, skip)
     nxt, nph = after(idx, ph, NB)
     idx = gl.where(skip, nxt, idx)
     ph = gl.where(skip, nph, ph)
@@ -84,28 +87,31 @@ def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, m
 
 
 @gluon.jit
-def next_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, NQ: gl.constexpr):
+def next_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, NQ: gl.constexpr,
+    NAMED: gl.constexpr
+):  # fmt: skip
     """Whether there is an item after item r, and `first_scores` of it."""
     more = r + 1 < number(line_of(dealt, r), 6)
-    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, r + 1, more, NQ)
+    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, r + 1, more, NQ, NAMED)
     return more, s, idx, ph
 
 
 @gluon.jit
-def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr):
+def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr, NAMED: gl.constexpr):
     """A tile that none of this consumer's rows wants: K of it is not read, nor V of the one before, whose weights are nobody's."""
     mbarrier.wait(kf.index(idx), ph)
-    mbarrier.arrive(ke.index(idx), count=1)
+    release(ke, idx, NAMED, 0)
     pidx, pph = before(idx, ph, NB)
     mbarrier.wait(vf.index(pidx), pph)
-    mbarrier.arrive(ve.index(pidx), count=1)
+    release(ve, pidx, NAMED, NB)
     return after(idx, ph, NB)
 
 
 @gluon.jit
 def consumer(
     cid: gl.constexpr, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
-    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr
+    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr,
+    NAMED: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -120,11 +126,11 @@ def consumer(
     if cid == NC - 1:
         pass_turn(cid, TURNS)  # the first consumer's first
     more = gl.load(entry(0, order, rounds) + 6) > 0
-    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ)
+    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ, NAMED)
     s = warpgroup_mma_wait(0, deps=[s])
     while more:
         # the first tile: its Q Kᵀ is done, no PV to go with it
-        mbarrier.arrive(ke.index(idx), count=1)
+        release(ke, idx, NAMED, 0)
         line = line_of(dealt, r)
         skipped, plain = spared(line, cid)
         if skipped > 0:
@@ -132,13 +138,13 @@ def consumer(
             pass_turn(cid, TURNS)
         pidx, pph = before(idx, ph, NB)
         mbarrier.wait(vf.index(pidx), pph, pred=skipped > 0)
-        mbarrier.arrive(ve.index(pidx), count=1, pred=skipped > 0)
+        release(ve, pidx, NAMED, NB, skipped > 0)
         first, low, high, left, inner, total = bounds(line, number(line, 2) + cid * 64 + lines(r_l))
         if total - inner - plain > skipped:
             s = kept(s, first + from_right(skipped, left, inner, total - inner) * BN, low, high, BOUNDS)
         m = gl.max(s, 1) * qs
         x = weights(s, qs, gl.where(m == float("-inf"), 0.0, m))
-        l = gl.sum(x, 1)
+        l = row_sums(x, NAMED > 0)
         acc = (zeros(v[0]),) if len(v) == 1 else (zeros(v[0]), zeros(v[1]))
         x = cast(x, k, acc)
         idx, ph = after(idx, ph, NB)
@@ -161,7 +167,7 @@ def consumer(
             for _ in range(idle):
                 take_turn(cid, TURNS)
                 pass_turn(cid, TURNS)
-                idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB)
+                idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB, NAMED)
             done += idle
             for i in range(done, masked):
                 if HAS_ACC:  # registers: looked up anew
@@ -170,11 +176,11 @@ def consumer(
                     first, low, high, left, inner, total = bounds(segment(item, segments, again(n)), rows)
                 n0 = first + from_right(i, left, inner, total - inner) * BN
                 m, l, acc, x, idx, ph = step(
-                    BOUNDS, cid, TURNS, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
+                    BOUNDS, cid, TURNS, NAMED, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
                 )  # fmt: skip
             for _ in range(gl.maximum(masked, done), total):
                 m, l, acc, x, idx, ph = step(
-                    0, cid, TURNS, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
+                    0, cid, TURNS, NAMED, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
                 )  # fmt: skip
         if NQ == 1:
             mbarrier.arrive(qe.index(0), count=1)
@@ -182,11 +188,13 @@ def consumer(
         mbarrier.wait(vf.index(pidx), pph)
         acc = values(x, v, pidx, acc)
         if AHEAD and not HAS_ACC:  # registers: the earlier visits' rows come in too
-            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, NAMED)
             acc = finished(acc, x, len(k))
         else:
             acc = finished(acc, x)
-        mbarrier.arrive(ve.index(pidx), count=1)
+        release(ve, pidx, NAMED, NB)
+        if NAMED:
+            l = gl.convert_layout(gl.sum(l, 1), r_l)
 
         heads_out = again(heads)
         t_out = again(t_q)
@@ -224,7 +232,7 @@ def consumer(
         if AHEAD and not HAS_ACC:
             s = warpgroup_mma_wait(0, deps=[ahead])
         else:
-            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ)
+            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, NAMED)
             s = warpgroup_mma_wait(0, deps=[ahead])
         r = r + 1
     if cid == 0:
@@ -237,7 +245,7 @@ def consumer(
 def forward_kernel(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, desc_order, O, M, A, AM, segments, order, qs, rounds, heads, group,
     t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
-    TURNS: gl.constexpr, BOUNDS: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
+    TURNS: gl.constexpr, BOUNDS: gl.constexpr, NAMED: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
@@ -270,11 +278,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
-                 order, rounds, heads, group, NQ)),
+                 order, rounds, heads, group, NQ, NAMED)),
             ],
             [4, 1],
             [REGS, REGS_P],
@@ -283,13 +291,13 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (2, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS)),
+                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
-                 order, rounds, heads, group, NQ)),
+                 order, rounds, heads, group, NQ, NAMED)),
             ],
             [4, 4, 1],
             [REGS, REGS, REGS_P],

@@ -1,4 +1,4 @@
-"""What a step of a forward is made of (forward.py): two products, the weights between them, the slots they read, and whose turn it is."""
+"""What a step of a forward is made of (forward.py): two products, the weights between them, and the weights' sums."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from distflash.kernels.hopper.common import as_operand
-from distflash.kernels.hopper.compat import named_barrier
-
-_TURN = gl.constexpr(9)  # the first consumer's named barrier
 
 
 @gluon.jit
@@ -62,28 +59,19 @@ def zeros(columns):
 
 
 @gluon.jit
-def before(idx, ph, NB: gl.constexpr):
-    """The slot filled before this one, and its phase. Computed, not carried: the loop has no register to spare."""
-    wrap = idx == 0
-    return gl.where(wrap, NB - 1, idx - 1), gl.where(wrap, ph ^ 1, ph)
+def row_sums(x, OWN: gl.constexpr):
+    """Of each row of x; if OWN of what each of the four threads that share it holds: [64, 4], and nothing moves between threads."""
+    if OWN:
+        columns: gl.constexpr = x.type.shape[1]
+        return gl.sum(gl.sum(x.reshape([64, columns // 8, 4, 2]), 3), 1)
+    else:
+        return gl.sum(x, 1)
 
 
 @gluon.jit
-def after(idx, ph, NB: gl.constexpr):
-    """The slot filled next, and its phase."""
-    wrap = idx == NB - 1
-    return gl.where(wrap, 0, idx + 1), gl.where(wrap, ph ^ 1, ph)
-
-
-@gluon.jit
-def take_turn(cid: gl.constexpr, TURNS: gl.constexpr):
-    """Wait until the consumer before this one has issued its products of the tile; the first one, until the last has of the tile before."""
-    if TURNS:
-        named_barrier("sync", _TURN + cid, 256)
-
-
-@gluon.jit
-def pass_turn(cid: gl.constexpr, TURNS: gl.constexpr):
-    """The next consumer's turn."""
-    if TURNS:
-        named_barrier("arrive", _TURN + (cid + 1) % TURNS, 256)
+def rescaled(l, alpha):
+    """`row_sums` times a factor a row."""
+    if len(l.type.shape) == 2:
+        return l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]
+    else:
+        return l * alpha
