@@ -316,6 +316,10 @@ MUTANTS = {
     "rows with gaps between their elements are read as if they had none": Mutant(
         "kernels/eager.py", "x if x.stride(-1) == 1 else x.contiguous()", "x",
         "kernels/test_eager.py::test_rows_with_gaps_between_their_elements_are_read_as_they_are[full-dtype0]"),
+    # other people's kernels
+    "single keys are forgotten where one piece covers every row": Mutant(
+        "kernels/adapters.py", "len(cut) == 1 and not len(single) and", "len(cut) == 1 and",
+        "kernels/test_adapters.py::test_a_single_key_beside_one_piece_that_covers_every_row_is_not_forgotten[fa2]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(
         "parallel/autograd.py", "positions.keys(visit.parts, device)", "positions.keys(self.visits[0].parts, device)",

@@ -145,7 +145,7 @@ class Adapter(ABC):
         q, scale, _ = _positive(q, scale)
         dtype = dtype or torch.float32
         cut, single = self._cut(tiles)
-        if acc is None and len(cut) == 1 and cut[0].rows == q.shape[1]:
+        if acc is None and len(cut) == 1 and not len(single) and cut[0].rows == q.shape[1]:  # nothing to merge
             out, lse = self._attend(*_legal(q, k[:, cut[0].kv], v[:, cut[0].kv]), scale=scale, keep=window(cut[0]))
             return Partial(out.to(dtype), lse)
         if acc is None:

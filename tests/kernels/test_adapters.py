@@ -19,6 +19,7 @@ from distflash.kernels.base import Partial, Problem
 from distflash.kernels.reference import ReferenceKernel
 from distflash.kernels.select import BY_NAME_ONLY, candidates, select
 from distflash.parallel.mask import Mask, packed
+from distflash.parallel.slices import Slices
 from distflash.testing import Attention, check, keep_mask, oracle, spmd
 from distflash.tile import Band, Tile, Tiles
 from tests.schemes import inputs
@@ -229,6 +230,14 @@ def test_unequal_lengths_and_rows_that_see_nothing(kernel, q_len, k_len):
     short, long = inputs(q_len, dtype=torch.float32), inputs(k_len, dtype=torch.float32)
     for mask in ({}, {"causal": True}, {"window_size": (2, 1)}):
         agree(short._replace(k=long.k, v=long.v), mask)
+
+
+def test_a_single_key_beside_one_piece_that_covers_every_row_is_not_forgotten(kernel):
+    x, (_, k, v, *_) = inputs(8, dtype=torch.float32), inputs(9, dtype=torch.float32)
+    agree(x._replace(k=k, v=v), {"causal": True})  # squares only: column 0, and the causal rest
+    keep, mask = torch.arange(9).expand(8, 9) != 1, Slices([((0, 8), (0, 1)), ((0, 8), (2, 9))])
+    truth, low = (oracle(x.q, k, v, x.dout, keep, dtype=kind) for kind in (torch.float64, torch.float32))
+    check(found_by(x._replace(k=k, v=v), mask=mask), truth, low, torch.float32)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), (6, 3), (2, 2)])
