@@ -54,6 +54,7 @@ FLASH = "integrations/test_flash_attn.py"
 CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
+AUTOCAST = "parallel/test_autograd.py::test_autocast_outside_of_attention_reaches_nothing_inside"
 DIRECT = "parallel/test_direct.py::test_every_scheme_gives_the_gradients_of_dense_attention"
 STAGING = "parallel/test_staging.py"
 AT_ONCE = f"{STAGING}::test_several_blocks_at_once_give_the_gradients_of_dense_attention"
@@ -205,6 +206,10 @@ MUTANTS = {
         "parallel/layout.py", "+= kept(run)", "+= len(run.span)",
         "parallel/test_sequence.py::test_balanced_shares_out_the_work_of_the_mask_it_is_given"),
     # merge, ring, autograd
+    "autocast reaches the matmuls of a forward": Mutant(
+        "parallel/autograd.py", "@in_its_own_dtypes\ndef _forward(", "def _forward(", f"{AUTOCAST}[forward-dtype0-eager]"),
+    "autocast reaches the matmuls of a backward": Mutant(
+        "parallel/autograd.py", "@in_its_own_dtypes\ndef _backward(", "def _backward(", f"{AUTOCAST}[backward-dtype0-eager]"),
     "what an empty part holds leaks through a product with 0": Mutant(
         "parallel/merge.py", "torch.where(seen, share * out, 0.0)", "share * out", MERGE),
     "a merge does not subtract the maximum": Mutant(
@@ -320,6 +325,12 @@ MUTANTS = {
     "single keys are forgotten where one piece covers every row": Mutant(
         "kernels/adapters.py", "len(cut) == 1 and not len(single) and", "len(cut) == 1 and",
         "kernels/test_adapters.py::test_a_single_key_beside_one_piece_that_covers_every_row_is_not_forgotten[fa2]"),
+    "fp16 has no number as small as what stands in for a gradient of lse": Mutant(
+        "kernels/adapters.py", ".clamp(min=least)", "",
+        "kernels/test_adapters.py::test_stand_ins_multiply_to_delta_and_leave_dout_alone_where_they_can[dtype1]"),
+    "out' of a faint row passes the largest number of fp16": Mutant(
+        "kernels/adapters.py", "faint = (size < raised) &", "faint = (top == 0) &",
+        "kernels/test_adapters.py::test_gradients_of_lse_far_larger_and_smaller_than_those_of_out[fa2-dtype1-1.0-6e-08]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(
         "parallel/autograd.py", "positions.keys(visit.parts, device)", "positions.keys(self.visits[0].parts, device)",

@@ -17,9 +17,11 @@ and a backward is told what another one returned `after` which it comes: the one
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from distflash.parallel.all_to_all import around
 from distflash.parallel.plan import Visit
 from distflash.parallel.positions import Positions
 from distflash.parallel.ulysses import Ulysses
+
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 CLOCK = torch.zeros(1, dtype=torch.int64, device="cpu")
 TRACE = torch.zeros(1, dtype=torch.int64, device="cpu")  # what stands for it in a trace is one object, made for that trace
@@ -132,7 +136,20 @@ def save_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def in_its_own_dtypes(body: Operator) -> Operator:
+    """An operator's body without autocast, which would compute what is kept in fp32, scores and lse, in 16 bit."""
+
+    @wraps(body)
+    def run(first: Tensor, *rest: Any) -> Any:
+        kind = first.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            return body(first, *rest)
+
+    return run  # type: ignore[return-value]
+
+
 @torch.library.custom_op("distflash::attention", mutates_args=())
+@in_its_own_dtypes
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, gathered: list[int] | None, slopes: Tensor | None, seed: Tensor | None,
     trace: Tensor | None,
@@ -171,6 +188,7 @@ def _(clock, after):
 
 
 @torch.library.custom_op("distflash::attention_backward", mutates_args=())
+@in_its_own_dtypes
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ticket: Tensor, kv_heads: int,
     slopes: Tensor | None, seed: Tensor | None, after: Tensor | None,

@@ -193,3 +193,23 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(distflash.attention(q, k, v, causal=True).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"attention_backward\.default but no autograd formula"):
         torch.autograd.grad(grad.sum(), k)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["forward", "backward", "both"])
+def test_autocast_outside_of_attention_reaches_nothing_inside(kernel, dtype, where):
+    x = inputs(40, dtype=torch.float32)
+
+    def run(group, cast):
+        seq = distflash.SequenceParallel(group).sequence(40)
+        leaves = [(8 * seq.shard(t)).detach().requires_grad_() for t in x[:3]]
+        with torch.autocast("cpu", dtype, enabled=cast and where != "backward"):
+            out, lse = distflash.attention(*leaves, seq, window_size=(5, 0), return_lse=True, kernel=kernel)
+        with torch.autocast("cpu", dtype, enabled=cast and where != "forward"):
+            torch.autograd.backward((out, lse), (seq.shard(x.dout), seq.shard(x.dlse, dim=2)))
+        return out.detach(), lse.detach(), *(leaf.grad for leaf in leaves)
+
+    for ranks in (1, 2):
+        inside, outside = (spmd(ranks, lambda group, cast=cast: run(group, cast)) for cast in (True, False))
+        assert all(torch.equal(a, b) for found, expected in zip(inside, outside, strict=True) for a, b in zip(found, expected, strict=True))
