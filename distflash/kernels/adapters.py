@@ -205,7 +205,7 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
 
 
 def _stand_ins(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(dout, out') with rowsum(out' * dout) = delta, for kernels that take `out` and compute delta themselves.
+    """(dout', out') with rowsum(out' * dout') = delta, for kernels that take `out` and compute delta themselves.
 
     Their delta would be that of their own tile; ours is global, less the gradient of lse. out' = dout * delta / |dout|², whose norm
     |delta| / |dout| never exceeds that of the true out (Cauchy-Schwarz) unless lse has a gradient. Rounding out' to the
@@ -213,18 +213,20 @@ def _stand_ins(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     cancels: a row that sees one key gets that rounding of delta instead of 0. |dout| is taken after division by its largest element,
     so that squares neither overflow nor vanish.
 
-    A row whose dout is 0 has a delta only by the gradient of lse: there dout gets one element delta * small, against
-    1 / small in out'. What it adds to dP and dV is smaller than their rounding.
+    A row whose dout is 0, or so faint beside the gradient of lse that out' would pass 1 / share, gets one element delta * share in dout',
+    against 1 / share in out'. In dS that is less than rounding; dV errs by that share of what lse's gradient is. The element is at least
+    `least`, fp16's smallest number: where it outweighs delta * share, dS is as coarse. A delta below `least` is none.
     """
-    small = 2.0**-12 if dout.dtype == torch.float16 else 2.0**-40  # fp16: 1 / small must stay below 65504
-    top = dout.abs().amax(-1, keepdim=True).float()  # [B, R, H, 1]
-    zero = top == 0
-    wide = dout / torch.where(zero, 1.0, top)
-    column = delta.transpose(1, 2).unsqueeze(-1)  # [B, R, H, 1]
-    out = wide * (column / torch.where(zero, 1.0, top * wide.square().sum(-1, keepdim=True)))
+    share, least = (2.0**-15, 2.0**-24) if dout.dtype == torch.float16 else (2.0**-40, 2.0**-100)
+    column = delta.transpose(1, 2).unsqueeze(-1)  # [B, R, H, 1] fp32
+    top = dout.abs().amax(-1, keepdim=True).float()
+    wide = dout / torch.where(top == 0, 1.0, top)  # [B, R, H, D] fp32
+    size = top * wide.square().sum(-1, keepdim=True)  # |dout|² / its largest element: delta / size is that of out'
+    raised = (column.abs() * share).clamp(min=least).to(dout.dtype)
+    faint = (size < raised) & (column.abs() >= least)
     first = torch.arange(dout.shape[-1], device=dout.device) == 0
-    out = torch.where(zero & first, 1 / small, out).to(dout.dtype)
-    return torch.where(zero & first, (column * small).to(dout.dtype), dout), out
+    out = torch.where(faint, first * (column / raised), wide * (column / torch.where(size == 0, 1.0, size)))
+    return torch.where(faint & first, raised, dout), out.to(dout.dtype)
 
 
 def _legal(*tensors: Tensor) -> tuple[Tensor, ...]:

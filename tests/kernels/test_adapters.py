@@ -259,6 +259,35 @@ def test_gradients_through_lse_also_where_out_has_none(kernel, dtype):
     agree(x._replace(dout=torch.zeros_like(x.dout)), {"causal": True}, dlse=x.dlse)
 
 
+@pytest.mark.parametrize("dout", [0.0, 6e-8, 1e-6, 1e-3])
+@pytest.mark.parametrize("dlse", [1e-4, 1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_lse_far_larger_and_smaller_than_those_of_out(kernel, dtype, dlse, dout):
+    x, tiles, oracle = inputs(24, dtype=dtype), packed((0, 24), (0, 24), Mask(right=0)), ReferenceKernel()
+    dout = (x.dout * dout).to(dtype)
+    out, lse = oracle.forward(*x[:3], tiles, 0.25)
+    delta = kernel.delta(out.to(dtype), dout) - dlse
+    truth = oracle.backward(dout.double(), *(t.double() for t in x[:3]), lse.double(), delta.double(), tiles, 0.25)
+    for name, a, b in zip(("dq", "dk"), kernel.backward(dout, *x[:3], lse, delta, tiles, 0.25), truth, strict=False):
+        rounded = (b.to(dtype) - b).norm()  # results leave these kernels in the inputs' dtype
+        assert (a - b).norm() <= 2 * rounded + 2 * torch.finfo(dtype).eps * b.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stand_ins_multiply_to_delta_and_leave_dout_alone_where_they_can(dtype):
+    eps, least = torch.finfo(dtype).eps, torch.finfo(torch.float16).smallest_normal
+    for size, dlse in itertools.product((0.0, 1e-7, 1e-5, 1e-3, 1.0, 1e3), (0.0, least, 1.0, 1e6)):
+        dout = (torch.randn(1, 9, 2, 64) * size).to(dtype)
+        delta = torch.full((1, 2, 9), dlse)
+        found, out = adapters._stand_ins(dout, delta)
+        assert found.dtype == out.dtype == dtype and out.isfinite().all()
+        product = (found.double() * out.double()).sum(-1).transpose(1, 2)
+        steps = dout.double().abs().sum(-1).max() * torch.finfo(dtype).tiny * eps  # of an out' that is subnormal
+        assert (product - delta).abs().max() <= 2 * eps * dlse + steps, (size, dlse)
+        assert torch.equal(found[..., 1:], dout[..., 1:]) and (found - dout).abs().max() <= dlse * 2**-10
+        assert torch.equal(found, dout) or size * 2**14 < dlse, "there is room in fp16 for delta / |dout|"
+
+
 @pytest.mark.parametrize("factor", [2.0**90, 2.0**-90])
 def test_huge_and_tiny_gradients_of_the_output_scale_exactly(kernel, factor):
     x = inputs(24, dtype=torch.bfloat16)
