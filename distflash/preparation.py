@@ -92,7 +92,10 @@ def _prepare_later(
     check_mask(mask, causal, window_size)
     if seq is not None:
         check_shards(q, k, seq, cu_seqlens_q, cu_seqlens_k)
-    scale = (None, softmax_scale) if isinstance(softmax_scale, Tensor) else (scale_of(softmax_scale, q.shape[-1]), None)
+    # of many numbers a graph has one symbol, of which the operator sees the value: that is where it is checked
+    given = isinstance(softmax_scale, (int, float, Tensor)) and not isinstance(softmax_scale, bool)
+    number = softmax_scale if given else scale_of(softmax_scale, q.shape[-1])
+    scale = (None, number) if isinstance(number, Tensor) else (number, None)
     cu = (x if x is None or isinstance(x, Tensor) else torch.tensor(borders(x), device="cpu") for x in (cu_seqlens_q, cu_seqlens_k))
     ticket = torch.ops.distflash.prepare(
         *((None, None) if seq is None else (CLOCK, seq.ticket)), None if mask is None else mask.handle, q.detach(), k.detach(), v.detach(),

@@ -173,6 +173,20 @@ def test_documents_slopes_scales_and_masks_of_each_call_are_read_at_each_call():
         assert graphs() <= 2, name
 
 
+@pytest.mark.parametrize("name, values", [("softmax_scale", (0.1, 0.2, 0.3)), ("softmax_scale", (1, 2, 3)), ("softcap", (2.0, 3.0, 4.0))])
+def test_a_number_may_have_another_value_at_each_call(name, values):
+    x, f = inputs(S, heads=H, kv_heads=3), compiled(layer)
+    for value in values:  # layers of one class that differ in it, each compiled
+        assert_equal(step(f, x, **{name: value}), step(layer, x, **{name: value}))
+
+
+def test_a_scale_that_is_no_number_is_refused_in_a_graph_too():
+    q, k, v = inputs(S, heads=H, kv_heads=3)[:3]
+    for value in (float("nan"), True, "0.5", (1.0,)):
+        with pytest.raises(Exception, match="must be None, a finite number, or a 0-d tensor of one"):
+            compiled(distflash.attention)(q, k, v, softmax_scale=value)
+
+
 def test_dropout_in_a_graph_drops_others_at_each_call():
     q, k, v = inputs(S)[:3]
     f = compiled(partial(distflash.attention, dropout_p=0.5))
