@@ -15,13 +15,14 @@ from distflash.cost.even import NoClosedForm, even
 from distflash.cost.memory import Copies, head_windows, peak, windows
 from distflash.cost.time import Cluster, Pass, Rank
 from distflash.cost.traffic import PASSES, Scheme, Shape, Share
-from distflash.parallel.layout import LAYOUTS, lengths
-from distflash.parallel.mask import AnyMask
+from distflash.parallel.layout import LAYOUTS, Layout, lengths
+from distflash.parallel.mask import AnyMask, cut, kept, needs
 from distflash.parallel.plan import ORDERS, Visit
 from distflash.parallel.staging import copies, room
 
 WIRES = ("p2p", "symmetric")
-_LOOKED_AT = 4  # ranks of a ring whose plans are made, spread evenly: all of a small one
+_ALL = 16  # ranks of the largest ring all of which are looked at
+_HOSTS = 8  # of a larger one, whose first and last ranks are
 _PLANNED = 64  # ranks of the largest ring whose plans are made as `SequenceParallel` makes them
 _WORTH = 0.02  # how much shorter a step must be for the reason to name what was saved
 
@@ -73,23 +74,48 @@ def candidates(cluster: Cluster, wires: Sequence[str] = ("p2p",)) -> Iterator[tu
 def judge(
     scheme: Scheme, wire: str, cu: tuple[int, ...], mask: AnyMask, shape: Shape, cluster: Cluster, asked: Collection[str] = ()
 ) -> Candidate:
-    """One scheme's cost: of each pass, the slowest of the ranks that are looked at. `asked`: what of it was asked for by name."""
+    """One scheme's cost: of each pass, the slowest of `worst_ranks`, of their heads the most. `asked`: what of it was asked for by name."""
     cluster = replace(cluster, wire=wire)
     if refused := scheme.refusal(shape) or cluster.refusal() or _idle(scheme, asked):
         return Candidate(scheme, wire, {}, 0, refused)
-    spans, found = scheme.spans(cu, mask), []
-    ring = sorted({n * (scheme.ring - 1) // max(1, min(scheme.ring, _LOOKED_AT) - 1) for n in range(min(scheme.ring, _LOOKED_AT))})
+    spans, head = scheme.spans(cu, mask), scheme.fullest_head_rank(shape)
+    ranks = [rank * scheme.ulysses + head for rank in worst_ranks(scheme, spans, mask)]
     try:
-        for ring_rank in ring:
-            visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
-            share = Share(scheme, spans, shape, ring_rank * scheme.ulysses, visits)
-            plans = _copies(share, lengths(spans), visits) if wire == "symmetric" else None
-            one = Rank(share, cluster) if plans is None else Copying(share, cluster, plans)
-            found.append((one.passes(), _memory(share, lengths(spans), plans, wire == "symmetric")))
+        found = [looked_at(scheme, wire, spans, mask, shape, cluster, rank) for rank in ranks]
     except NoClosedForm as error:
         return Candidate(scheme, wire, {}, 0, f"rings of more than {_PLANNED} ranks are ranked in closed form only: {error}")
     slowest = {name: max((passes[name] for passes, _ in found), key=lambda one: one.seconds) for name in PASSES}
     return Candidate(scheme, wire, slowest, max(memory for _, memory in found))
+
+
+def worst_ranks(scheme: Scheme, spans: Layout, mask: AnyMask) -> list[int]:
+    """The ranks of a ring of which one is the slowest: all of a small one; else the borders of hosts, and who keeps the most pairs.
+
+    Where a mask keeps neighbours only, what crosses the network does so between the last rank of a host and the first of the next; but
+    "balanced" puts chunks anywhere, and any rank may need the most. Of many hosts some are looked at, spread evenly. Where every rank
+    needs every block, as in the rings that have a closed form, all hosts exchange alike, and two are enough.
+    """
+    ring, node = scheme.ring, min(scheme.ring, scheme.ring_per_node)
+    alike = ring > _PLANNED or (ring > _ALL and all(held == (1 << ring) - 1 for held in needs(spans, mask)))
+    if ring <= _ALL or (scheme.layout == "balanced" and not alike):
+        return list(range(ring))
+    hosts, most = -(-ring // node), 2 if alike else _HOSTS
+    some = {n * (hosts - 1) // (min(hosts, most) - 1) for n in range(min(hosts, most))} if hosts > 1 else {0}
+    work = [sum(kept(run) for run in cut(held, mask.pieces) if run.span.step == 1) for held in spans]  # stripes all keep as many
+    borders = {min(rank, ring - 1) for host in some for rank in (host * node, host * node + node - 1)}
+    return sorted(borders | {max(range(ring), key=work.__getitem__)})
+
+
+def looked_at(
+    scheme: Scheme, wire: str, spans: Layout, mask: AnyMask, shape: Shape, cluster: Cluster, rank: int
+) -> tuple[dict[str, Pass], int]:
+    """(time by pass, bytes above the inputs at the peak) of one rank. Raises NoClosedForm."""
+    ring_rank = rank // scheme.ulysses
+    visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
+    share = Share(scheme, spans, shape, rank, visits)
+    plans = _copies(share, lengths(spans), visits) if wire == "symmetric" else None
+    one = Rank(share, cluster) if plans is None else Copying(share, cluster, plans)
+    return one.passes(), _memory(share, lengths(spans), plans, wire == "symmetric")
 
 
 def _copies(share: Share, tokens: Sequence[int], visits: tuple[Visit, ...]) -> Copies | None:

@@ -192,6 +192,11 @@ class Scheme:
             return str(error)
         return None
 
+    def fullest_head_rank(self, shape: Shape) -> int:
+        """The rank of a Ulysses group that gets the most query heads, and of these the most key/value heads."""
+        heads, kv_heads = head_shards(shape.heads, shape.kv_heads, self.ulysses)
+        return max(range(self.ulysses), key=lambda n: (len(heads[n]), len(kv_heads[n])))
+
     def spans(self, cu: tuple[int, ...], mask: AnyMask) -> Layout:
         """What each rank of the ring works on; the layout "balanced" looks at slices."""
         extra = (mask,) if self.layout == "balanced" and isinstance(mask, Slices) else ()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from distflash.cost.choose import WIRES, candidates, choose
+from distflash.cost.choose import WIRES, candidates, choose, judge, looked_at, worst_ranks
 from distflash.cost.devices import DEVICES, network
 from distflash.cost.models import MODELS
 from distflash.cost.time import Cluster
-from distflash.cost.traffic import Shape
+from distflash.cost.traffic import PASSES, Scheme, Shape
 from distflash.parallel.mask import Mask
 from distflash.parallel.slices import Slices
 from distflash.testing import spmd
@@ -94,3 +96,53 @@ def test_large_rings_are_ranked_in_closed_form_or_refused():
     found = ranking(256, 8, 1 << 21, Shape(2, 1, 64, 64), layout="zigzag", ulysses=1)
     assert {c.scheme.order: c.refused is None for c in found} == {"ring": True, "double_ring": True, "all_gather": False}
     assert "in closed form only: all_gather has none" in found[-1].reason
+
+
+def all_ranks(scheme, wire, cu, mask, shape, cluster):
+    """(seconds by pass, bytes) of the slowest and of the fullest of all ranks."""
+    spans = scheme.spans(cu, mask)
+    found = [looked_at(scheme, wire, spans, mask, shape, cluster, rank) for rank in range(scheme.ranks)]
+    return {name: max(passes[name].seconds for passes, _ in found) for name in PASSES}, max(nbytes for _, nbytes in found)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("heads, kv_heads", [(12, 12), (25, 25), (12, 4), (9, 3)])
+def test_the_rank_with_the_most_heads_is_the_one_that_counts(heads, kv_heads, wire):
+    """12 heads among 8 ranks are 1, 2, 1, 2, ...: a rank with one is done in half of the time."""
+    shape, cu, cluster = Shape(heads, kv_heads, 64, 64), (0, 1 << 17), Cluster(H200, 8, 8, network(400), wire)
+    for ulysses in (2, 4, 8):
+        scheme, mask = Scheme("zigzag", "ring", ulysses, 8, 8), Mask(None, 0, cu)
+        told = judge(scheme, wire, cu, mask, shape, cluster, ("order", "layout"))
+        seconds, nbytes = all_ranks(scheme, wire, cu, mask, shape, cluster)
+        assert {name: one.seconds for name, one in told.passes.items()} == pytest.approx(seconds, rel=1e-3) and told.memory == nbytes
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "balanced", "zigzag"])
+@pytest.mark.parametrize("documents, window", [(1, 4096), (40, None), (7, 2000)])
+def test_no_rank_that_waits_for_the_network_or_has_the_most_work_is_missed(layout, documents, window):
+    """Messages of a window cross the network between hosts alone, where a spread of ranks need not meet them."""
+    length, shape, cluster = 1 << 19, MODELS["llama-3-8b"].shape(), Cluster(H200, 32, 8, network(100))
+    cu = (0, *sorted(random.Random(documents).sample(range(1, length), documents - 1)), length)
+    for order, ulysses in (("ring", 1), ("double_ring", 1), ("all_gather", 1)):
+        scheme, mask = Scheme(layout, order, ulysses, 32, 8), Mask(window, 0, cu)
+        told = judge(scheme, "p2p", cu, mask, shape, cluster, ("order", "layout"))
+        seconds, nbytes = all_ranks(scheme, "p2p", cu, mask, shape, cluster)
+        assert sum(seconds.values()) >= told.seconds > 0.97 * sum(seconds.values()), f"{scheme}: {told.seconds}, {seconds}"
+        assert told.memory > 0.97 * nbytes
+
+
+def test_the_ranks_that_are_looked_at_are_few_and_hold_every_border_of_a_host():
+    cu = (0, 1 << 16)
+    for ranks, per_node, ulysses in ((8, 8, 1), (64, 8, 1), (64, 8, 4), (64, 1, 1), (256, 8, 1), (48, 6, 4), (96, 8, 2)):
+        scheme, mask = Scheme("contiguous", "ring", ulysses, ranks, per_node), Mask(None, 0, cu)
+        found = worst_ranks(scheme, scheme.spans(cu, mask), mask)
+        assert found == sorted(set(found)) and found[-1] == scheme.ring - 1 and len(found) <= 17
+        assert scheme.ring > 16 or found == list(range(scheme.ring))
+    scheme = Scheme("contiguous", "ring", 1, 64, 8)
+    window = Mask(100, 0, cu)
+    assert worst_ranks(scheme, scheme.spans(cu, window), window) == sorted({1, *range(0, 64, 8), *range(7, 64, 8)}), "1 keeps the most"
+    alike = Scheme("zigzag", "ring", 1, 64, 8)
+    assert worst_ranks(alike, alike.spans(cu, mask), mask) == [0, 7, 56, 63]
+    # the busiest rank need not be a border
+    near = (*range(0, 1 << 15, 64), (1 << 15) + 3 * 1024, *range((1 << 15) + 3 * 1024 + 64, (1 << 16) + 1, 64))
+    assert 34 in worst_ranks(scheme, scheme.spans(near, Mask(None, 0, near)), Mask(None, 0, near))
