@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from distflash.cost.auto import NIC
-from distflash.cost.copied import Copying
+from distflash.cost.copied import Copying, carried
 from distflash.cost.devices import find, network
 from distflash.cost.memory import Copies, head_windows, least, peak, staging, windows
 from distflash.cost.time import Cluster, Rank
-from distflash.cost.traffic import Scheme, Shape, Share
+from distflash.cost.traffic import PASSES, Scheme, Shape, Share
 from distflash.kernels.base import Counted, Problem
 from distflash.kernels.select import candidates, select
 from distflash.parallel.layout import gathered, lengths
@@ -43,7 +43,7 @@ class Explanation:
     pairs: int  # and how many there are
     forward_flops: int
     backward_flops: int
-    forward_bytes: int  # sent by this rank
+    forward_bytes: int  # sent by this rank; where blocks are copied, what it copies: K and V of others, their gradients, heads of Ulysses
     backward_bytes: int
     peak_bytes: int  # of memory above q, k, v and dout, at the peak of forward and backward
     window_bytes: int  # of memory that the others reach, where blocks are copied: beside that, and kept between calls
@@ -62,7 +62,8 @@ class Explanation:
             f"plan      {self.visits} visits, {self.busy_visits} of them with work, {self.tiles} tiles",
             f"mask      keeps {self.pairs_kept} of {self.pairs} pairs of a query and a key, {self.pairs_kept / max(self.pairs, 1):.2%}",
             f"work      {self.forward_flops:.3e} FLOPs forward, {self.backward_flops:.3e} backward",
-            f"traffic   {self.forward_bytes / 2**20:.1f} MiB sent forward, {self.backward_bytes / 2**20:.1f} MiB backward",
+            f"traffic   {self.forward_bytes / 2**20:.1f} MiB {'copied' if self.window_bytes else 'sent'} forward, "
+            f"{self.backward_bytes / 2**20:.1f} MiB backward",
             f"memory    {self.peak_bytes / 2**20:.1f} MiB above the inputs at the peak, {self.window_bytes / 2**20:.1f} MiB of windows",
             f"staging   {self.staging_bytes / 2**20:.1f} MiB of that for blocks of other ranks, limit "
             + ("none" if self.staging_limit is None else f"{self.staging_limit / 2**20:.1f} MiB"),
@@ -125,7 +126,7 @@ def explain(
     mine, visits = Share(scheme, spans, shape, rank, plans.sent), plans.forward
     reach = wire == "symmetric"
     kept_for_others = windows(mine.shape, max(lengths(spans)), scheme.ring) + head_windows(mine) if reach else 0
-    sent = {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
+    sent = _carried(mine, plans.copies)
     kept = sum(visit.tiles.area for visit in visits)
     forward, backward, exposed, basis = _predicted(mine, device, wire, plans.copies)
     return Explanation(
@@ -134,6 +135,14 @@ def explain(
         sent["forward"], sent["backward"], max(peak(mine, plans.copies, reach, scratch).values()), kept_for_others,
         staging(mine, plans.copies), plans.limit, forward, backward, exposed, basis,
     )  # fmt: skip
+
+
+def _carried(mine: Share, copies: Copies | None) -> dict[str, int]:
+    """By pass: bytes that a rank sends, or copies."""
+    if copies is None:
+        return {pass_: both.sent.total() for pass_, both in mine.traffic().items()}
+    ring = {pass_: carried(visits, mine.shape, pass_) for pass_, visits in zip(PASSES, copies, strict=True)}
+    return {pass_: nbytes + sum(out for out, _ in mine.swapped(pass_).values()) for pass_, nbytes in ring.items()}
 
 
 def _predicted(

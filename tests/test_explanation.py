@@ -11,8 +11,10 @@ import torch
 import distflash
 from distflash.cost.traffic import Scheme, Shape
 from distflash.explanation import _predicted
+from distflash.parallel import all_to_all, direct
 from distflash.parallel.mask import Mask
 from distflash.parallel.wire.local import LocalWire
+from distflash.parallel.wire.symmetric import copy
 from distflash.testing import keep_mask, spmd
 
 S = 251  # nothing divides it: messages are padded
@@ -74,6 +76,34 @@ def test_the_bytes_it_names_are_the_bytes_that_are_sent(order, window, ulysses, 
     for rank, found in enumerate(spmd(4, work, per_node=2)):
         expected = sent[rank, "forward"], sent[rank, "backward"]
         assert (found.forward_bytes, found.backward_bytes) == expected, f"rank {rank}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("window", [(-1, -1), (70, 0)])
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
+def test_where_blocks_are_copied_it_names_the_bytes_that_a_rank_copies(layout, window, ulysses, monkeypatch):
+    """Over symmetric memory no message carries a block: a rank copies the keys that it sees, and their gradients."""
+    carried, where = Counter(), threading.local()
+
+    def counted(source, to):
+        carried[where.rank, where.phase] += source.nbytes
+        copy(source, to)
+
+    monkeypatch.setattr(direct, "copy", counted)
+    monkeypatch.setattr(all_to_all, "copy", counted)
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, layout=layout, ulysses=ulysses, wire="symmetric").sequence(256)
+        q, k, v = (torch.randn(1, seq.local_length, h, 32).bfloat16().requires_grad_() for h in (8, 4, 4))
+        where.rank, where.phase = group.rank, "forward"
+        out = distflash.attention(q, k, v, seq, causal=True, window_size=window)
+        where.phase = "backward"
+        out.sum().backward()
+        return distflash.explain(q.shape, k.shape, seq, causal=True, window_size=window)
+
+    for rank, found in enumerate(spmd(4, work)):
+        assert (found.forward_bytes, found.backward_bytes) == (carried[rank, "forward"], carried[rank, "backward"]), f"rank {rank}"
+        assert "MiB copied forward" in str(found)
 
 
 def test_it_says_how_much_the_mask_keeps_and_which_steps_are_left_out():

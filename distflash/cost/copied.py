@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from distflash.cost.memory import Copies
 from distflash.cost.time import Cluster, Pass, Rank, compute_seconds
-from distflash.cost.traffic import PASSES, Share, Step, steps
+from distflash.cost.traffic import PASSES, Shape, Share, Step, steps
 from distflash.parallel.plan import Home, Visit
 
 
@@ -57,8 +57,12 @@ class Copying(Rank):
 
     def moved(self, pass_: str) -> Sequence[Mapping[int, int]]:
         """Of the ring as much in as out, whoever the other rank is: all are of this host."""
-        sizes = (self.shape.itemsize, self.shape.wide) if pass_ == "backward" else (self.shape.itemsize,)
-        visits = [visit for visit in self.copies[pass_] if self.others(visit) and visit.tiles]
-        ring = sum(self.shape.message(visit.tiles.kv_len, size) for visit in visits for size in sizes)
-        swapped = self.share.swapped(pass_)
+        ring, swapped = carried(self.copies[pass_], self.shape, pass_), self.share.swapped(pass_)
         return [{self.share.rank: ring} | {peer: both[way] for peer, both in swapped.items()} for way in (0, 1)]
+
+
+def carried(visits: Sequence[Visit], shape: Shape, pass_: str) -> int:
+    """Bytes that a rank copies in a pass, `staging.copies` of it: others' K and V to itself, and backward their gradients to them."""
+    sizes = (shape.itemsize, shape.wide) if pass_ == "backward" else (shape.itemsize,)
+    tokens = sum(visit.tiles.kv_len for visit in visits if visit.owner != visits[0].owner and visit.tiles)
+    return tokens * sum(sizes) * shape.token // shape.itemsize
