@@ -205,6 +205,9 @@ MUTANTS = {
     "balanced counts tokens for work": Mutant(
         "parallel/layout.py", "+= kept(run)", "+= len(run.span)",
         "parallel/test_sequence.py::test_balanced_shares_out_the_work_of_the_mask_it_is_given"),
+    "indices that are kept were made in inference mode": Mutant(
+        "parallel/shards.py", "@torch.inference_mode(False)  # kept for later calls, also those that autograd sees\n", "",
+        "parallel/test_sequence.py::test_what_a_sequence_keeps_serves_training_also_if_it_was_made_for_inference"),
     # merge, ring, autograd
     "autocast reaches the matmuls of a forward": Mutant(
         "parallel/autograd.py", "@in_its_own_dtypes\ndef _forward(", "def _forward(", f"{AUTOCAST}[forward-dtype0-eager]"),

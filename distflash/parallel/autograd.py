@@ -36,8 +36,15 @@ from distflash.parallel.ulysses import Ulysses
 
 Operator = TypeVar("Operator", bound=Callable[..., Any])
 
-CLOCK = torch.zeros(1, dtype=torch.int64, device="cpu")
-TRACE = torch.zeros(1, dtype=torch.int64, device="cpu")  # what stands for it in a trace is one object, made for that trace
+
+@torch.inference_mode(False)  # autograd and in-place operators refuse what was made in inference mode, and this outlives it
+def number(value: int) -> Tensor:
+    """[value], int64, on the CPU: what operators are given of which a compiled graph is to know no value."""
+    return torch.tensor([value], device="cpu")
+
+
+CLOCK = number(0)
+TRACE = number(0)  # what stands for it in a trace is one object, made for that trace
 
 
 class Variants(NamedTuple):

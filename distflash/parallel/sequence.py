@@ -19,7 +19,7 @@ from distflash.cost import auto, traffic
 from distflash.kernels.base import Kernel
 from distflash.parallel import handles
 from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
-from distflash.parallel.autograd import Scheme, Variants, needs_gradients
+from distflash.parallel.autograd import Scheme, Variants, needs_gradients, number
 from distflash.parallel.documents import borders, check_balanced_for, check_heads, one_document
 from distflash.parallel.group import Group, default_device, one_of, resolve, usual_order, wire_of
 from distflash.parallel.layout import LAYOUTS, Layout, balanced, split
@@ -185,27 +185,23 @@ class ShardedSequence:
         self._tokens = Tokens(self.layout, cu_seqlens)
         self.lengths = self._tokens.lengths  # tokens of each rank
         self.local_length = self.lengths[sp.rank]
-        self.ticket = torch.tensor([handles.new(self)], device="cpu")  # for operators; a compiled graph takes that of any sequence
+        self.ticket = number(handles.new(self))  # for operators; a compiled graph takes that of any sequence
         self._planner = Planner(sp.ring_wire, self.layout, sp.ulysses, sp._order, sp.staging, sp.direct)
         self._schemes: OrderedDict[tuple, Scheme] = OrderedDict()
 
     @property
     def indices(self) -> Tensor:
-        """Global index of each local token, LongTensor (T,)."""
+        """Global index of each local token, LongTensor (T,); the caller's own."""
         if torch.compiler.is_dynamo_compiling():
             return torch.ops.distflash.places(self.ticket, self.local_length, self.sp.device, False)
-        return self._tokens.indices(self.sp.rank, self.sp.device)
+        return self._tokens.indices(self.sp.rank, self.sp.device).clone()
 
     @property
     def positions(self) -> Tensor:
-        """Position of each local token inside its document, LongTensor (T,): what RoPE is fed with."""
+        """Position of each local token inside its document, LongTensor (T,), the caller's own: what RoPE is fed with."""
         if torch.compiler.is_dynamo_compiling():
             return torch.ops.distflash.places(self.ticket, self.local_length, self.sp.device, True)
-        return self._tokens.positions(self.sp.rank, self.sp.device)
-
-    def indices_of(self, rank: int, device: torch.device) -> Tensor:
-        """Global indices of the tokens that another rank holds, LongTensor."""
-        return self._tokens.indices(rank, device)
+        return self._tokens.positions(self.sp.rank, self.sp.device).clone()
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of `x`, which is the same on every rank and has the S global tokens along `dim`.
@@ -218,7 +214,7 @@ class ShardedSequence:
                 f"shard() needs the {self.length} tokens of the sequence along dim {dim}, got {x.shape[dim]}: shapes {tuple(x.shape)}"
             )
         compiling = torch.compiler.is_dynamo_compiling()
-        return x.index_select(dim, self.indices.to(x.device) if compiling else self.indices_of(self.sp.rank, x.device))
+        return x.index_select(dim, self.indices.to(x.device) if compiling else self._tokens.indices(self.sp.rank, x.device))
 
     def unshard(self, x_local: Tensor, dim: int = 1) -> Tensor:
         """All S tokens, on every rank, of the shards that the ranks hold along `dim`. A collective.
@@ -293,7 +289,7 @@ class ShardedSequence:
 def _places(seq: Tensor, tokens: int, device: torch.device, in_documents: bool) -> Tensor:
     """`positions` or `indices` of a sequence, in a graph that serves any: new memory, for the graph may use it again."""
     found = handles.find(int(seq), ShardedSequence)
-    return (found.positions if in_documents else found.indices).clone()
+    return found.positions if in_documents else found.indices
 
 
 @_places.register_fake

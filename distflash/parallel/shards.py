@@ -23,15 +23,17 @@ class Tokens:
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
+    @torch.inference_mode(False)  # kept for later calls, also those that autograd sees
     def indices(self, rank: int, device: torch.device) -> Tensor:
-        """Global index of each token that the rank holds, LongTensor (T,)."""
+        """Global index of each token that the rank holds, LongTensor (T,): not to be written to."""
         if (rank, device) not in self._indices:
-            spans = [torch.arange(s.start, s.stop, s.step) for s in self._layout[rank]]
-            self._indices[rank, device] = torch.cat([torch.empty(0, dtype=torch.long), *spans]).to(device)
+            spans = [torch.arange(s.start, s.stop, s.step, device="cpu") for s in self._layout[rank]]
+            self._indices[rank, device] = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *spans]).to(device)
         return self._indices[rank, device]
 
+    @torch.inference_mode(False)
     def positions(self, rank: int, device: torch.device) -> Tensor:
-        """Position of each of them inside its document, LongTensor (T,)."""
+        """Position of each of them inside its document, LongTensor (T,): not to be written to."""
         if (rank, device) not in self._positions:
             indices, borders = self.indices(rank, device), torch.tensor(self._borders, device=device)
             self._positions[rank, device] = indices - borders[torch.searchsorted(borders, indices, right=True) - 1]

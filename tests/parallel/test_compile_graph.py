@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -185,6 +187,21 @@ def test_a_scale_that_is_no_number_is_refused_in_a_graph_too():
     for value in (float("nan"), True, "0.5", (1.0,)):
         with pytest.raises(Exception, match="must be None, a finite number, or a 0-d tensor of one"):
             compiled(distflash.attention)(q, k, v, softmax_scale=value)
+
+
+def test_a_graph_trains_with_what_was_first_used_in_inference_mode():
+    """In a process of its own: where the package is imported in inference mode, as whoever generates before training does."""
+    code = """if True:
+        import torch, distflash
+        q = torch.randn(1, 8, 2, 4)
+        with torch.inference_mode():
+            seq = distflash.SequenceParallel.single().sequence(8)
+            distflash.attention(q, q, q, seq)
+        q.requires_grad_()
+        torch.compile(distflash.attention, fullgraph=True, backend="aot_eager")(q, q, q, seq).sum().backward()
+        print(float(q.grad.isfinite().all()))"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.strip() == "1.0", done.stderr
 
 
 def test_dropout_in_a_graph_drops_others_at_each_call():

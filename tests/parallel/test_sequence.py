@@ -11,6 +11,7 @@ import distflash
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.mask import Mask
 from distflash.testing import spmd
+from tests.schemes import inputs
 
 S = 37
 RAGGED = (0, 0, 7, 8, 8, 30, S, S)
@@ -129,3 +130,34 @@ def test_they_say_what_they_are():
     sp = distflash.SequenceParallel(order="ring")
     assert repr(sp) == "SequenceParallel(rank 0 of 1, zigzag, ring, ulysses=1, local)"
     assert "7 tokens, 2 documents, 7 here" in repr(sp.sequence(cu_seqlens=[0, 3, 7]))
+
+
+def test_what_a_sequence_keeps_serves_training_also_if_it_was_made_for_inference():
+    x = inputs(7)
+
+    def work(group):
+        with torch.inference_mode():
+            seq = distflash.SequenceParallel(group).sequence(cu_seqlens=[0, 3, 7])
+            seq.unshard(seq.shard(x.q) * seq.positions[:, None, None])
+        leaves = [t.detach().requires_grad_() for t in x[:3]]
+        table = torch.ones(7, 1, 1, dtype=torch.float64, requires_grad=True)
+        q, k, v = (seq.shard(leaf) * table[seq.positions] for leaf in leaves)
+        seq.unshard(distflash.attention(q, k, v, seq)).sum().backward()
+        assert all(leaf.grad.isfinite().all() for leaf in (*leaves, table))
+
+    spmd(2, work)
+
+
+def test_indices_and_positions_are_the_callers_own():
+    seq = distflash.SequenceParallel.single().sequence(cu_seqlens=[0, 3, 7])
+    for name in ("indices", "positions"):
+        expected = getattr(seq, name).tolist()
+        getattr(seq, name).add_(1)
+        assert getattr(seq, name).tolist() == expected
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        seq = distflash.SequenceParallel.single("cpu").sequence(cu_seqlens=[0, 3, 7])
+        assert seq.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+        assert seq.indices.tolist() == [*range(7)]
