@@ -152,24 +152,26 @@ def _back(visits: Sequence[Visit], s: Shape, scratch: Scratch) -> int:
     return saved + max(*back, kept + moving + own + dq * s.itemsize - taken)  # the last: while the sum of all parts is made
 
 
-def _ring(found: Sequence[Step], shape: Shape, last: int, scratch: Scratch) -> dict[str, int]:
-    s, visits = shape, [step.visit for step in found]
-    tokens = visits[0].tiles.q_len
+def _ring(found: Sequence[Step], s: Shape, last: int, scratch: Scratch) -> dict[str, int]:
+    tokens = found[0].visit.tiles.q_len
     rows = s.batch * tokens * s.heads
-    out, lse = rows * s.v_head_dim * s.itemsize, rows * s.wide
-    taken, alone = (scratch(s.batch * s.heads, tokens, here) for here in (False, last == 0))
-    saved = out + 2 * lse + taken  # out, lse, delta
-    dq = rows * s.head_dim
-    if len(visits) == 1:
-        return {"forward": out + lse, "backward": saved - taken + alone + dq * s.itemsize + s.message(tokens, s.itemsize)}
-    running, kv = rows * s.v_head_dim * s.wide * (last > 0), _blocks(found, s)  # what is finished in step 0 is never wide
-    forward = max(kv[v.step] + running + lse + (out if v.step == last else 0) for v in visits)
-    back = []
-    for v, (during, after) in zip(visits, _gradients(found, s), strict=True):
-        narrow = dq * s.itemsize * (v.step == last)  # dq in the inputs' dtype beside the running one
-        beside = (alone - taken) * (v.step == 0)
-        back += [kv[v.step] + during + narrow + beside, kv[v.step] + after - taken + dq * s.itemsize * (last == 0)]
-    return {"forward": forward, "backward": saved + dq * s.wide * (last > 0) + max(back)}
+    out, lse, dq = rows * s.v_head_dim * s.itemsize, rows * s.wide, rows * s.head_dim
+    running = rows * s.v_head_dim * s.wide * (last > 0)  # what is finished in step 0 is never wide
+    kv, forward, back = _blocks(found, s), [], []
+    for step, (during, after) in zip(found, _gradients(found, s), strict=True):
+        now, works = step.visit.step, bool(step.visit.tiles) or step.visit.step in (0, last)
+        forward.append(kv[now] + running * (now <= last) + out * (now >= last))
+        taken = scratch(s.batch * s.heads, tokens, last == 0) if works else 0
+        wide, narrow = dq * s.wide * (last > 0), dq * s.itemsize
+        back.append(kv[now] + during + taken + wide * (now <= last) + narrow * (now >= last))
+        back.append(kv[now] + after + (wide if now < last else narrow))
+    home = s.message(tokens, s.wide) + s.message(tokens, s.itemsize) + dq * s.itemsize  # while the sum of all parts is cast
+    return {"forward": max(forward) + lse, "backward": out + 2 * lse + max(*back, home * _shared(found))}  # out, lse, delta
+
+
+def _shared(found: Sequence[Step]) -> bool:
+    """Whether another rank's part of a gradient comes or goes: then all are accumulated wide."""
+    return any(step.visit.home.busy for step in found)
 
 
 def _blocks(found: Sequence[Step], s: Shape, own: bool = True) -> dict[int, int]:
@@ -193,12 +195,14 @@ def _blocks(found: Sequence[Step], s: Shape, own: bool = True) -> dict[int, int]
 
 def _gradients(found: Sequence[Step], s: Shape) -> list[tuple[int, int]]:
     """For each visit, bytes of dK and dV alive while it computes, and while its own are sent: these, those under way, ours that stayed."""
-    alive, under_way, kept = [], 0, 0
+    alive, under_way, kept, coming = [], 0, 0, False  # coming: what another rank has of ours, which holds our part once it is here
+    own, wide = found[0].visit.tiles.kv_len, s.wide if _shared(found) else s.itemsize
     for step in found:
         visit = step.visit
-        mine = s.message(visit.tiles.kv_len, s.wide) if visit.tiles or visit.step == 0 else 0
+        mine = s.message(visit.tiles.kv_len, wide) if visit.tiles or visit.step == 0 else 0
         moving = sum(m.nbytes for m in step.home_out + step.home_in)
-        alive.append((mine + under_way + kept, mine + moving + kept))
-        kept = mine if visit.step == 0 and visit.home.dest is None else kept
-        under_way = moving
+        arrived = s.message(own, wide) if coming else kept
+        alive.append((mine + under_way + kept, mine + moving + arrived))
+        kept = mine if visit.step == 0 and visit.home.dest is None else arrived
+        under_way, coming = (moving, visit.home.ours is not None) if visit.home.busy else (0, False)
     return alive

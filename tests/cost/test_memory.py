@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from distflash.cost.traffic import Scheme, Shape
 from distflash.kernels.base import Counted, Problem
 from distflash.kernels.eager import EagerKernel
 from distflash.parallel import ring
+from distflash.parallel.layout import LAYOUTS, lengths
 from distflash.parallel.mask import Mask
 from distflash.parallel.messages import Messages
+from distflash.parallel.plan import ORDERS
 from distflash.testing import spmd
-from tests.parallel.test_staging import Meter, held  # noqa: F401  a fixture
+from tests.parallel.test_staging import Bare, Meter, held  # noqa: F401  a fixture
 
 
 def peaks(ranks, tokens, shape, order="ring", layout="zigzag", rank=0, per_node=8, window=None, scratch=least):
@@ -98,8 +102,36 @@ def test_every_byte_that_a_kernel_allocates_is_counted(kernels, held, kernel, di
 def test_one_pass_takes_a_wide_dq_more_where_one_visit_is_all_there_is(kernels):
     problem = Problem(torch.device("cpu"), torch.bfloat16, 32, 8, 128, 128)
     one, two = (kernels[name].scratch(problem, 32, 4096, True) for name in ("one pass", "two passes"))
-    assert one - two == 4 * 32 * 4096 * 128 and two == kernels["portable"].scratch(problem, 32, 4096, True)
+    assert one - two == 4 * 32 * 4096 * 128 and 0 <= two - kernels["portable"].scratch(problem, 32, 4096, True) <= 2 * 4 * 32 * 128
     assert all(isinstance(kernel, Counted) for kernel in kernels.values()) and not isinstance(EagerKernel(), Counted)
     shape = Shape(32, 8, 128, 128)
     told = [peaks(1, 4096, shape, scratch=partial(kernels[name].scratch, problem))["backward"] for name in ("one pass", "two passes")]
     assert told[0] - told[1] == one - two
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_byte_is_counted_for_windows_and_documents_over_messages(layout, order, held):  # noqa: F811
+    """A rank may get what others have of its gradient at any step, and pass on what it needs no more."""
+    random_ = random.Random(f"{layout}, {order}")
+    for _ in range(8):
+        ranks, node = random_.choice([(2, 2), (3, 3), (4, 2), (6, 3)])
+        cu = (0, *accumulate(64 * random_.randint(1, 8) for _ in range(random_.choice([1, 2, 5]))))
+        mask = Mask(random_.choice([None, 40, 0]), random_.choice([0, 0, None, 7]), cu)
+        heads = random_.choice([(2, 2), (6, 2), (4, 1)])
+        scheme, shape = Scheme(layout, order, 1, ranks, node), Shape(*heads, 64, 64, batch=2)
+        spans = scheme.spans(cu, mask)
+
+        def measured(wire):
+            share = scheme.share(spans, mask, shape, wire.rank)  # noqa: B023  run at once
+            visits, carrier, tokens = [step.visit for step in share.steps], Messages(wire), lengths(spans)[wire.rank]  # noqa: B023
+            q, k, v, dout = (torch.empty(2, tokens, n, 64, dtype=torch.bfloat16) for n in (*heads, heads[1], heads[0]))  # noqa: B023
+            with Meter().over(q, k, v, dout) as there:
+                out, lse = ring.forward(visits, carrier, Bare(), q, k, v, 1.0)
+            delta = torch.empty_like(lse)
+            with Meter().over(q, k, v, dout, out, lse, delta) as back:
+                ring.backward(visits, carrier, Bare(), dout, q, k, v, lse, delta, 1.0, dkv_dtype=k.dtype)
+            return {"forward": there.peak, "backward": back.peak + sum(x.nbytes for x in (out, lse, delta))}, peak(share)
+
+        for rank, (found, told) in enumerate(spmd(ranks, measured)):
+            assert found == told, f"{scheme}, {mask}, {shape}, rank {rank}"
