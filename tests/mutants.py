@@ -353,6 +353,9 @@ MUTANTS = {
         "test_variants.py::test_uneven_heads_take_their_own_slopes_and_masks[3]"),
     "what is kept does not grow by 1 / (1 - p)": Mutant(
         "kernels/scores.py", ".to(s.dtype) / (1 - dropout.p)", ".to(s.dtype)", f"{VARIANT}[dropout-eager]"),
+    "a p next to 1 drops nothing": Mutant(
+        "kernels/scores.py", "return min(round(dropout.p * (_WORD + 1)), _WORD)", "return round(dropout.p * (_WORD + 1)) & _WORD",
+        "kernels/test_scores.py::test_the_largest_threshold_is_a_word_so_that_nearly_all_is_dropped_and_not_nothing"),
     "all elements of a batch drop alike": Mutant(
         "kernels/scores.py", "(head, element, 0, 0)", "(head, 0 * element, 0, 0)", f"{VARIANT}[dropout-eager]"),
     "the backward drops others than the forward": Mutant(
@@ -370,8 +373,11 @@ MUTANTS = {
         "kernels/scores.py", "scores.k_positions[columns]).abs()", "scores.k_positions[columns])",
         "test_variants.py::test_documents_count_for_themselves[eager]"),
     "a checkpointed layer draws another seed": Mutant(
-        "parallel/seeds.py", "            return self._drawn[token]\n        if self", "            pass\n        if self",
+        "parallel/seeds.py", "            return self._again(token)\n", "            pass\n",
         "test_variants.py::test_a_checkpointed_layer_drops_the_same_again[True-reentrant]"),
+    "of two calls in one state the second's seed is taken for both": Mutant(
+        "parallel/seeds.py", "None if token in self._drawn and token not in self._over else seed", "seed",
+        "test_variants.py::test_a_checkpoint_that_cannot_tell_two_calls_apart_is_refused"),
     # the call
     "the window is dropped at the door": Mutant(
         "validate.py", "Mask(*window(causal, window_size), cu_q)", "Mask(*window(causal, (-1, -1)), cu_q)",

@@ -41,8 +41,8 @@ def weights(s: Tensor, scores: Scores, rows: slice, columns: slice) -> Tensor | 
 
 
 def threshold(dropout: Dropout) -> int:
-    """The smallest Philox word that is kept."""
-    return round(dropout.p * (_WORD + 1))
+    """The smallest Philox word that is kept: a word itself, which no p < 1 rounds beyond."""
+    return min(round(dropout.p * (_WORD + 1)), _WORD)
 
 
 def philox(rounds: int, key: Sequence[Tensor | int], counter: Sequence[Tensor | int]) -> Tensor:

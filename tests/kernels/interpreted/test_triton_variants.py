@@ -132,3 +132,10 @@ def test_the_dropped_probabilities_are_those_of_the_pytorch_kernels_bit_for_bit(
         v = torch.eye(64)[None, :, None].expand(2, 64, 4, 64).contiguous()
         found = KERNEL.forward(q, k, v, case.tiles, 1.0, scores=scores).out.transpose(1, 2) > 0
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("p", [1 - 2.0**-33, 1 - 2.0**-50])
+def test_a_p_next_to_1_drops_all(p):
+    case = Case("nearly 1", full(40, 64), D=16)
+    found = computed(case, asked(case, p=p), *case.tensors())
+    assert not found.out.any() and not found.dv.any()
