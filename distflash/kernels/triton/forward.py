@@ -147,7 +147,7 @@ def forward_kernel(
         carried = load_tile(acc_out + plane, heads * DV, first_row, stop_row, DV, ROWS, PAD_V, WIDE, True)
         o = o * new[:, None] + carried * old[:, None]
         peak = higher
-    seen = total > 0.0
-    o = o * (1.0 / tl.where(seen, total, 1.0))[:, None]
-    tl.store(lse + line, tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf")), mask=rows < stop_row)
+    total = tl.where(total == 0.0, 1.0, total)  # a row that saw no key: peak is -inf. The total of one that met a NaN is NaN
+    o = o * (1.0 / total)[:, None]
+    tl.store(lse + line, (peak + tl.log2(total)) * LN2, mask=rows < stop_row)
     store_tile(out + plane, heads * DV, first_row, stop_row, o, DV, ROWS, PAD_V, WIDE)

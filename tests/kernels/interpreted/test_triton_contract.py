@@ -148,6 +148,20 @@ def test_garbage_in_queries_that_no_tile_covers_does_not_leak():
     assert relative(dk, true.dk) < 1e-5 and relative(dv, true.dv) < 1e-5
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_minus_infinity_is_said_of_rows_that_see_nothing_and_of_no_row_that_met_a_nan(merged):
+    case = Case("poison", causal(90, 70), D=16)  # the first 20 rows see nothing
+    q, k, v, _ = case.tensors()
+    q[:, 10], k[:, 10], q[:, 25] = float("nan"), float("nan"), float("nan")  # key 10 is seen by the rows from 30 on
+    acc = Partial(torch.zeros(1, 90, 1, 16), torch.full((1, 1, 90), float("-inf"))) if merged else None
+    out, lse = KERNEL.forward(q, k, v, case.tiles, 0.25, acc=acc)
+    assert (lse[..., :20] == float("-inf")).all() and not out[:, :20].any()
+    met = (torch.arange(90) >= 30) | (torch.arange(90) == 25)
+    assert lse[..., met].isnan().all() and out[:, met].isnan().all()
+    met[:20] = True
+    assert lse[..., ~met].isfinite().all() and out[:, ~met].isfinite().all()
+
+
 def test_a_row_whose_lse_is_minus_infinity_contributes_nothing():
     case = Case("silent", banded(70, 70, 30, 40), H=2)
     q, k, v, dout = case.tensors()
