@@ -77,8 +77,9 @@ def _scheme(
     seq.agree(  # all that must be alike on every rank
         "attention", batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]),
         dtype=q.dtype, causal=causal, window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale,
-        softcap=float(softcap), dropout_p=float(dropout_p), alibi_slopes=alibi_slopes is not None, sinks=sinks is not None,
-        deterministic=deterministic, return_lse=return_lse, kernel=chosen.name, gradients=gradients,
+        softcap=float(softcap), dropout_p=float(dropout_p), seed_dropout=seq.sp.seeds.begun if dropout_p else None,
+        alibi_slopes=alibi_slopes is not None, sinks=sinks is not None, deterministic=deterministic, return_lse=return_lse,
+        kernel=chosen.name, gradients=gradients,
     )  # fmt: skip
     return scheme
 

@@ -113,6 +113,7 @@ RAISED = {  # what raises each text of the page's first tables
         lambda group, _: attend(*[x[:, :4, :1]] * 3, distflash.SequenceParallel(group, ulysses=2).sequence(length=8))
     ),
     "wire='symmetric' cannot serve this group: ...": lambda: spmd_processes(2, lambda: distflash.SequenceParallel(wire="symmetric")),
+    "seed=... must be an integer, the same on every rank": lambda: single().seed_dropout(None),
     "double_ring needs as many ranks on each host": lambda: spmd(
         3, lambda group: distflash.SequenceParallel(group, order="double_ring"), per_node=2
     ),
@@ -147,16 +148,18 @@ RAISED = {  # what raises each text of the page's first tables
     # kernels, checkpointing
     "kernel=... is not known": lambda: attend(kernel="fast"),
     "kernel=... cannot serve this problem: ...": lambda: attend(kernel="hopper"),
-    "attention with dropout runs inside a backward pass": dropped_again,
+    "attention with dropout runs inside a backward pass, but not in the state": dropped_again,
     "... is gone: keep what an attention call was given until its backward has run": forgotten,
     "ranks disagree on ...; nothing was sent": lambda: on_two(two_orders),
 }
 P2P, AGREEMENT = "tests/parallel/wire/test_p2p.py", "tests/parallel/test_agreement.py"
+VARIANTS = "tests/test_variants.py"
 BY_OTHERS = {  # of the same tables what takes processes or mutes ranks: the test that has it raised, and the words that it awaits
     "a ...-D mesh with axes ... was given": (P2P, "axes 'ring' and 'ulysses'"),
     "the mesh's axes must be ('ring', 'ulysses')": (P2P, "Ulysses inner"),
     "ulysses=... disagrees with the mesh": (P2P, "ulysses=4 disagrees with the mesh"),
     "the mesh must list its ranks in ascending order": (P2P, "ascending order"),
+    "attention with dropout runs inside a backward pass in the state of two calls": (VARIANTS, "in the state of two calls of the forward"),
     "ranks disagree on a call: ...; but ..., of a kind agreed on before": (AGREEMENT, "of a kind new to it"),
     "... sent a note of ... characters that is not one of ours": (AGREEMENT, "rank 3 sent a note of"),
     "ranks ... did not come to agree on a call within ... s": (AGREEMENT, "did not come to agree on a call within"),

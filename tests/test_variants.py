@@ -19,6 +19,7 @@ from distflash.kernels import adapters
 from distflash.kernels.base import Problem
 from distflash.kernels.scores import philox
 from distflash.kernels.select import candidates
+from distflash.parallel.agreement import Disagreement
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
 from distflash.parallel.slices import Slices
@@ -315,6 +316,61 @@ def test_a_checkpoint_that_does_not_keep_the_state_is_refused():
     seq = distflash.SequenceParallel().sequence(S)
     with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
         layer_gradients(seq, preserve=False)
+
+
+def checkpointed_calls(seq, q):
+    """Two calls of a checkpointed layer in one state of torch's default generator, and what came of each."""
+    for n in (1, 2):
+        torch.manual_seed(7)
+        yield checkpoint(lambda q, n=n: distflash.attention(n * q, q, q, seq, dropout_p=0.5), q, use_reentrant=False).square().sum()
+
+
+def test_a_checkpoint_that_cannot_tell_two_calls_apart_is_refused():
+    seq, q = distflash.SequenceParallel().sequence(S), inputs(S).v.requires_grad_()
+    total = sum(checkpointed_calls(seq, q))
+    with pytest.raises(RuntimeError, match="in the state of two calls of the forward"):
+        total.backward()
+
+
+def test_the_same_state_may_come_again_once_a_call_was_run_again_or_seeds_begin_anew():
+    seq, q = distflash.SequenceParallel().sequence(S), inputs(S).v.requires_grad_()
+    grads = []
+    for _ in range(2):  # a step that is compared with itself
+        seq.sp.seed_dropout(3)
+        found = []
+        for loss in checkpointed_calls(seq, q):
+            found += torch.autograd.grad(loss, q)
+        grads.append(found)
+    first, second = grads
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    calls = checkpointed_calls(seq, q)
+    next(calls)
+    seq.sp.seed_dropout(4)
+    next(calls).backward()
+
+
+def test_ranks_with_other_seeds_of_dropout_are_stopped():
+    x = inputs(S)
+
+    def work(group, seed):
+        sp = distflash.SequenceParallel(group)
+        if seed is not None:
+            sp.seed_dropout(seed)
+        seq = sp.sequence(S)
+        local = [seq.shard(t) for t in x[:3]]
+        distflash.attention(*local, seq)  # the seed is none of its business
+        with pytest.raises(Disagreement) as caught:
+            distflash.attention(*local, seq, dropout_p=0.5)
+        return str(caught.value).partition("\n  ")[2]
+
+    assert spmd(2, lambda group: work(group, 1 + group.rank)) == ["seed_dropout: rank 0 says 1; rank 1 says 2"] * 2
+    assert spmd(2, lambda group: work(group, None if group.rank else 3)) == ["seed_dropout: rank 0 says 3; rank 1 says not called"] * 2
+
+
+@pytest.mark.parametrize("seed", [None, 3.5, "x", True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(TypeError, match=r"seed=.* must be an integer"):
+        distflash.SequenceParallel.single().seed_dropout(seed)
 
 
 def test_two_processes_drop_what_one_does():

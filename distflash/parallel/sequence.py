@@ -131,8 +131,10 @@ class SequenceParallel:
     def seed_dropout(self, seed: int) -> None:
         """Let the seeds of dropout begin anew: calls from here on drop what they drop after any `seed_dropout(seed)`, on any number of
         ranks. Every rank calls it with the same number. Without it rank 0's default generator says where they begin, at the first call.
+
+        Raises TypeError unless it is an integer. Where seeds differ, the next call with dropout that ranks compare raises `Disagreement`.
         """
-        self.seeds.start(seed)
+        self.seeds.begin(seed)
 
     def sequence(
         self, length: int | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None, mask: Slices | None = None,
