@@ -326,13 +326,13 @@ MUTANTS = {
         "kernels/test_eager.py::test_rows_with_gaps_between_their_elements_are_read_as_they_are[full-dtype0]"),
     # other people's kernels
     "single keys are forgotten where one piece covers every row": Mutant(
-        "kernels/adapters.py", "len(cut) == 1 and not len(single) and", "len(cut) == 1 and",
+        "kernels/adapters/adapter.py", "len(cut) == 1 and not len(single) and", "len(cut) == 1 and",
         "kernels/test_adapters.py::test_a_single_key_beside_one_piece_that_covers_every_row_is_not_forgotten[fa2]"),
     "fp16 has no number as small as what stands in for a gradient of lse": Mutant(
-        "kernels/adapters.py", ".clamp(min=least)", "",
+        "kernels/adapters/adapter.py", ".clamp(min=least)", "",
         "kernels/test_adapters.py::test_stand_ins_multiply_to_delta_and_leave_dout_alone_where_they_can[dtype1]"),
     "out' of a faint row passes the largest number of fp16": Mutant(
-        "kernels/adapters.py", "faint = (size < raised) &", "faint = (top == 0) &",
+        "kernels/adapters/adapter.py", "faint = (size < raised) &", "faint = (top == 0) &",
         "kernels/test_adapters.py::test_gradients_of_lse_far_larger_and_smaller_than_those_of_out[fa2-dtype1-1.0-6e-08]"),
     # softcap, ALiBi, dropout
     "keys are taken to be where our own are": Mutant(

@@ -1,10 +1,9 @@
 """Other people's kernels behind the protocol. Theirs need a GPU; here stand dense functions with their signatures, and what
-surrounds them is held against the oracle: pieces, merging, the global lse and delta, rows that see nothing."""
+surrounds them is held against the oracle: merging, the global lse and delta, rows that see nothing."""
 
 from __future__ import annotations
 
 import itertools
-import random
 import sys
 import types
 
@@ -13,36 +12,24 @@ import torch
 
 import distflash
 from distflash import preparation
-from distflash.kernels import adapters
-from distflash.kernels.adapters import Adapter, CudnnKernel, Fa2Kernel, Fa3Kernel, Fa4Kernel, pieces, window
+from distflash.kernels.adapters import CudnnKernel, Fa2Kernel, Fa3Kernel, Fa4Kernel, cudnn, flash
+from distflash.kernels.adapters.adapter import Adapter, _stand_ins
 from distflash.kernels.base import Partial, Problem
 from distflash.kernels.reference import ReferenceKernel
 from distflash.kernels.select import BY_NAME_ONLY, candidates, select
 from distflash.parallel.mask import Mask, packed
 from distflash.parallel.slices import Slices
 from distflash.testing import Attention, check, keep_mask, oracle, spmd
-from distflash.tile import Band, Tile, Tiles
+from distflash.tile import Tiles
+from tests.kernels.test_pieces import tiles_of
 from tests.schemes import inputs
 
-INF, FAR = float("inf"), 1 << 20
+INF = float("inf")
 ADAPTED = {"cudnn": CudnnKernel, "fa2": Fa2Kernel, "fa3": Fa3Kernel, "fa4": Fa4Kernel}
 GPU, CPU = (Problem(torch.device(name), torch.bfloat16, 4, 2, 128, 128) for name in ("cuda:0", "cpu"))
 
 
-def kept(piece: Tile) -> torch.Tensor:
-    offset = torch.arange(piece.columns) - torch.arange(piece.rows).unsqueeze(1)
-    return (offset >= piece.band.lo) & (offset <= piece.band.hi)
-
-
 # ------------------------------------------------------------------ dense functions with the signatures of the kernels
-
-
-def tiles_of(rows, columns, causal, left, right, bottom_right=True) -> Tiles:
-    """What a FlashAttention call keeps, as a tile table; -1 and None are unlimited."""
-    corner = columns - rows if bottom_right else 0
-    left, right = (None if w is None or w < 0 else w for w in (left, 0 if causal else right))
-    band = Band(-FAR if left is None else corner - left, FAR if right is None else corner + right)
-    return Tiles((Tile(slice(0, rows), slice(0, columns), band),), rows, columns)
 
 
 def attend(q, k, v, scale, causal, left=None, right=None, bottom_right=True):
@@ -143,45 +130,14 @@ def fake_fa4():
 def kernel(request, monkeypatch) -> Adapter:
     """An adapter over its stand-in, free to run on a CPU in any dtype."""
     modules = {"flash_attn.flash_attn_interface": fake_fa2, "flash_attn_interface": fake_fa3, "flash_attn.cute.interface": fake_fa4}
-    monkeypatch.setattr(adapters, "import_module", lambda name: modules[name]())
-    monkeypatch.setattr(adapters, "_installed", lambda name: name in modules and request.param != "fa2")
-    monkeypatch.setattr(adapters, "_ATEN", FakeAten)
+    monkeypatch.setattr(flash, "import_module", lambda name: modules[name]())
+    monkeypatch.setattr(flash, "_installed", lambda name: name in modules and request.param != "fa2")
+    for module in (cudnn, flash):
+        monkeypatch.setattr(module, "_ATEN", FakeAten)
     made = ADAPTED[request.param.split()[0]]()
     monkeypatch.setattr(type(made), "supports", lambda self, problem: None)
     monkeypatch.setattr(preparation, "select", lambda name, problem: made)
     return made
-
-
-# ------------------------------------------------------------------ pieces
-
-
-@pytest.mark.parametrize("windows", [False, True])
-def test_pieces_keep_each_pair_of_their_tile_once_and_are_such_as_the_kernel_can_express(windows):
-    choose = random.Random(1)
-    sizes = [(n, m) for n in (1, 2, 5, 9) for m in (1, 2, 4, 8, 13)]
-    for rows, columns in sizes:
-        bands = [(lo, hi) for lo in (-FAR, *range(-rows, columns + 1)) for hi in (*range(-rows, columns + 1), FAR) if lo <= hi]
-        for lo, hi in choose.sample(bands, min(60, len(bands))):
-            tile = Tile(slice(3, 3 + rows), slice(7, 7 + columns), Band(lo, hi))
-            seen = torch.zeros(3 + rows, 7 + columns, dtype=torch.int)
-            for piece in pieces(tile, windows):
-                mine = kept(piece)
-                seen[piece.q, piece.kv] += mine
-                assert mine.any(1).all() and mine.any(0).all()  # no row or key for which the kernel has no answer
-                keep = window(piece)
-                assert windows or keep == (None, None) or (piece.rows == piece.columns and keep in ((None, 0), (0, None)))
-                assert torch.equal(mine, kept(tiles_of(piece.rows, piece.columns, keep.causal, *keep).tiles[0]))
-                assert all(w is None or w >= 0 for w in keep)  # a negative window is an unlimited one
-            assert torch.equal(seen[3:, 7:], kept(tile).int()) and seen.sum() == tile.area, tile
-
-
-def test_a_full_or_causal_tile_is_one_call_and_a_causal_rectangle_two():
-    square = Tile(slice(0, 8), slice(0, 8), Band(-FAR, 0))
-    assert list(pieces(square, True)) == list(pieces(square, False)) == [square]
-    whole = Tile.whole(slice(0, 3), slice(2, 9))
-    assert list(pieces(whole, False)) == [whole]
-    wide, late = Tile(slice(0, 4), slice(0, 9), Band(-FAR, 5)), Tile(slice(0, 4), slice(0, 9), Band(-FAR, 7))
-    assert [len(list(pieces(t, windows))) for t in (wide, late) for windows in (True, False)] == [1, 2, 2, 3]
 
 
 # ------------------------------------------------------------------ the protocol over stand-ins
@@ -279,7 +235,7 @@ def test_stand_ins_multiply_to_delta_and_leave_dout_alone_where_they_can(dtype):
     for size, dlse in itertools.product((0.0, 1e-7, 1e-5, 1e-3, 1.0, 1e3), (0.0, least, 1.0, 1e6)):
         dout = (torch.randn(1, 9, 2, 64) * size).to(dtype)
         delta = torch.full((1, 2, 9), dlse)
-        found, out = adapters._stand_ins(dout, delta)
+        found, out = _stand_ins(dout, delta)
         assert found.dtype == out.dtype == dtype and out.isfinite().all()
         product = (found.double() * out.double()).sum(-1).transpose(1, 2)
         steps = dout.double().abs().sum(-1).max() * torch.finfo(dtype).tiny * eps  # of an out' that is subnormal
@@ -357,16 +313,16 @@ class CpuFlash(CudnnKernel):
 
     def _attend(self, q, k, v, scale, keep):
         back = keep == (0, None)
-        turned = (adapters._turned(x, back).transpose(1, 2) for x in (q, *_repeated(q, k, v)))
+        turned = (cudnn._turned(x, back).transpose(1, 2) for x in (q, *_repeated(q, k, v)))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*turned, 0.0, back or keep.causal, scale=scale)
-        return adapters._turned(out.transpose(1, 2), back), lse.flip(2) if back else lse
+        return cudnn._turned(out.transpose(1, 2), back), lse.flip(2) if back else lse
 
     def _gradients(self, dout, q, k, v, out, lse, scale, keep):
         back = keep == (0, None)
-        turned = [adapters._turned(x, back).transpose(1, 2) for x in (dout, q, *_repeated(q, k, v), out)]
+        turned = [cudnn._turned(x, back).transpose(1, 2) for x in (dout, q, *_repeated(q, k, v), out)]
         lse = lse.flip(2) if back else lse
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = (adapters._turned(x.transpose(1, 2), back) for x in op(*turned, lse, 0.0, back or keep.causal, scale=scale))
+        dq, dk, dv = (cudnn._turned(x.transpose(1, 2), back) for x in op(*turned, lse, 0.0, back or keep.causal, scale=scale))
         dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
         return dq, dk, dv
 
@@ -422,14 +378,14 @@ def test_they_say_what_they_cannot_serve(name, hopper, monkeypatch):
 
 def test_a_package_that_is_missing_too_old_or_without_backward_is_the_reason(hopper, monkeypatch):
     assert "flash_attn_interface" in Fa3Kernel().supports(GPU) and "flash_attn.cute" in Fa4Kernel().supports(GPU)
-    monkeypatch.setattr(adapters, "_installed", lambda name: True)
+    monkeypatch.setattr(flash, "_installed", lambda name: True)
     config = types.SimpleNamespace(CONFIG={"build_flags": {"FLASHATTENTION_DISABLE_BACKWARD": True}})
     monkeypatch.setitem(sys.modules, "flash_attn_config", config)
     assert "no backward" in Fa3Kernel().supports(GPU)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", types.ModuleType("flash_attn.flash_attn_interface"))
     assert "which version it stands for is not known" in Fa2Kernel().supports(GPU), "a module on the path, not a package"
-    monkeypatch.setattr(adapters, "version", {"flash_attn": "2.6.3.post1"}.get)
+    monkeypatch.setattr(flash, "version", {"flash_attn": "2.6.3.post1"}.get)
     assert "flash_attn 2.6.3.post1 is installed, 2.7 or newer" in Fa2Kernel().supports(GPU)
 
 
