@@ -11,19 +11,19 @@ from distflash.cost.devices import DEVICES, Link, network
 from distflash.cost.even import NoClosedForm, even
 from distflash.cost.simulate import simulate
 from distflash.cost.time import Cluster, Rank
-from distflash.cost.traffic import PASSES, Scheme, Shape, Share
+from distflash.cost.traffic import PASSES, Message, Scheme, Shape, Share
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.mask import Mask
 from distflash.parallel.plan import ORDERS
 from tests.cost.test_time import IDEAL, SHAPE
 
 
-def ranks_of(scheme, cluster, tokens=512, mask=(None, 0), cu=None, shape=SHAPE, only=None, closed=False):
+def ranks_of(scheme, cluster, tokens=512, mask=(None, 0), cu=None, shape=SHAPE, closed=False):
     cu = cu or (0, tokens * scheme.ring)
     mask = Mask(*mask, cu)
     spans = scheme.spans(cu, mask)
     made = []
-    for n in range(only or scheme.ring):
+    for n in range(scheme.ring):
         visits = even(scheme, spans, mask, n) if closed else scheme.visits(spans, mask, n)
         made.append(Rank(Share(scheme, spans, shape, n * scheme.ulysses, visits), cluster))
     return made
@@ -44,14 +44,25 @@ def test_without_contention_it_is_the_closed_form(device, pass_):
                     assert found == pytest.approx(closed, rel=0.02 if mask[1] == 0 else 1e-9), f"{scheme}, {mask}"
 
 
-@pytest.mark.parametrize("order, ulysses", [("ring", 1), ("double_ring", 1), ("ring", 4)])
-def test_across_hosts_the_closed_form_of_the_slowest_rank_is_near(order, ulysses):
+def test_who_waits_for_a_way_goes_before_the_one_that_had_it():
+    """Ranks 0 and 1 share a NIC; 0 has three messages for 2, and 1 has one for 3."""
+    made = ranks_of(Scheme("zigzag", "ring", 1, 4, 2), Cluster(IDEAL, 4, 2, Link.of(0.0, 1e9)))
+    three, one = [tuple(Message(peer, 1 << 20, step) for step in steps) for peer, steps in ((0, (1, 2, 3)), (1, (1,)))]
+    for rank, out, coming in zip(made, (three, one, (), ()), ((), (), three, one), strict=True):
+        out = tuple(m._replace(peer=m.peer + 2) for m in out)
+        rank.steps = [step._replace(hops_out=out * (n == 0), hops_in=coming * (n == 0)) for n, step in enumerate(rank.steps)]
+    sent = sorted((start, who) for who, kind, start, _ in simulate(made, "forward", per_nic=2).events if kind == "send")
+    assert [who for _, who in sent] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("order, ulysses", [("ring", 1), ("double_ring", 1), ("ring", 4), ("all_gather", 1), ("all_gather", 2)])
+def test_across_hosts_it_is_the_closed_form_of_the_slowest_rank(order, ulysses):
     for tokens in (2048, 16384):
         cluster = Cluster(DEVICES["h200"], 16, 4, network(400))
         made = ranks_of(Scheme("zigzag", order, ulysses, 16, 4), cluster, tokens * ulysses, shape=Shape(32, 8, 128, 128))
         for pass_ in PASSES:
             closed = max(rank.one(pass_).seconds for rank in made)
-            assert simulate(made, pass_).seconds == pytest.approx(closed, rel=0.06), f"{tokens}, {pass_}"
+            assert simulate(made, pass_).seconds == pytest.approx(closed, rel=1e-3), f"{tokens}, {pass_}"
 
 
 def test_two_messages_over_one_nic_take_twice_as_long():
@@ -86,16 +97,30 @@ def test_whatever_the_plan_all_that_is_sent_arrives_and_no_way_carries_two_at_on
 
 @pytest.mark.parametrize("order", ["ring", "double_ring"])
 @pytest.mark.parametrize("layout, mask", [("zigzag", (None, 0)), ("contiguous", (None, None)), ("striped", (None, 0))])
-def test_the_closed_form_of_a_plan_is_the_plan_and_one_host_stands_for_all(order, layout, mask):
+def test_the_closed_form_of_a_plan_is_the_plan(order, layout, mask):
     scheme, cluster = Scheme(layout, order, 1, 16, 4), Cluster(DEVICES["h200"], 16, 4, network(400))
     by_plan, by_form = (ranks_of(scheme, cluster, mask=mask, closed=closed) for closed in (False, True))
     for a, b in zip(by_plan, by_form, strict=True):
         assert [(s.visit.owner, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in a.steps] == [
             (s.visit.owner, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in b.steps
         ]
-    host = ranks_of(scheme, cluster, mask=mask, closed=True, only=4)
-    for pass_ in PASSES:
-        assert simulate(host, pass_).seconds == pytest.approx(simulate(by_plan, pass_).seconds, rel=5e-3)
+
+
+@pytest.mark.parametrize("order, ulysses", [("ring", 1), ("double_ring", 1), ("ring", 4)])
+@pytest.mark.parametrize("layout, mask", [("zigzag", (None, 0)), ("contiguous", (None, None)), ("striped", (None, 0))])
+def test_the_first_and_the_last_hosts_stand_for_all(order, ulysses, layout, mask):
+    """The first alone would not: the last rank of a zigzag has the most rows to begin, forward."""
+    from benchmarks.scaling import simulated  # a mutant has no benchmarks
+
+    scheme = Scheme(layout, order, ulysses, 32 * ulysses, 4)
+    for nic in (100, 400):
+        whole = ranks_of(
+            scheme, Cluster(DEVICES["h200"], scheme.ranks, 4, network(nic)), 2048, mask, shape=Shape(32, 8, 128, 128), closed=True
+        )
+        some = [whole[n] for n in simulated(scheme)]
+        assert len(some) == (16 if ulysses == 1 else 4)
+        for pass_ in PASSES:
+            assert simulate(some, pass_).seconds == pytest.approx(simulate(whole, pass_).seconds, rel=1e-6)
 
 
 def test_what_has_no_closed_form_is_refused():
