@@ -272,15 +272,18 @@ MUTANTS = {
         "for part in parts[:0]), start=parts[wire.rank].to(wide))",
         "parallel/test_sequence.py::test_shard_and_unshard_are_each_others_exact_adjoint"),
     "the gradient of the loss is P times too large": Mutant(
-        "parallel/loss.py", "ctx.reduce(grad.double())", "ctx.reduce(ctx.reduce(grad.double()))", LOSS),
+        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "_Sum.apply(ctx.reduce(grad), ctx.reduce), None", LOSS),
     "the gradient of the loss is P times too small": Mutant(
-        "parallel/loss.py", "ctx.reduce(grad.double())", "grad.double()", LOSS),
+        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "grad, None", LOSS),
+    "a second derivative of the loss knows one rank": Mutant(
+        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "ctx.reduce(grad), None",
+        "parallel/test_loss.py::test_a_second_derivative_is_that_of_one_process_on_every_rank[2]"),
     "the loss is a mean of means": Mutant(
-        "parallel/loss.py", "total, count = reduce(torch.stack([kept.sum(dtype=torch.float64), count])).unbind()",
-        "total = reduce(kept.sum(dtype=torch.float64) / count); count = reduce(torch.ones_like(count))",
+        "parallel/loss.py", "torch.stack([kept.sum(dtype=torch.float64), count])",
+        "torch.stack([kept.sum(dtype=torch.float64) / count, torch.ones_like(count)])",
         "parallel/test_loss.py::test_it_is_the_mean_of_the_valid_tokens_and_not_of_the_ranks_means"),
     "ignored tokens are multiplied by 0": Mutant(
-        "parallel/loss.py", "torch.where(ignore, 0.0, loss)", "loss * ~ignore",
+        "parallel/loss.py", "torch.where(ignore, 0.0, per_token_loss)", "per_token_loss * ~ignore",
         "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
     # agreement
     "ranks do not compare whether gradients will follow": Mutant(

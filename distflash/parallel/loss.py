@@ -41,7 +41,10 @@ def token_mean(
     if seq is not None and group is None:
         seq.agree("token_mean", gradients=needs_gradients(per_token_loss))
     reduce = partial(_all_reduce, group) if group is not None else seq.sp.wire.all_reduce if seq is not None else Tensor.clone
-    return _TokenMean.apply(per_token_loss, ignore, reduce)
+    kept = per_token_loss if ignore is None else torch.where(ignore, 0.0, per_token_loss)
+    count = kept.new_tensor(kept.numel(), dtype=torch.float64) if ignore is None else (~ignore).sum(dtype=torch.float64)
+    total, count = _Sum.apply(torch.stack([kept.sum(dtype=torch.float64), count]), reduce).unbind()
+    return (total / count.detach().clamp(min=1.0)).to(torch.promote_types(kept.dtype, torch.float32))
 
 
 def _all_reduce(group: dist.ProcessGroup, x: Tensor) -> Tensor:
@@ -50,20 +53,14 @@ def _all_reduce(group: dist.ProcessGroup, x: Tensor) -> Tensor:
     return total
 
 
-class _TokenMean(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
+    """Over all ranks. Every rank gets the same sum: what flows into it on any rank flows into each term, so it is its own adjoint."""
+
     @staticmethod
-    def forward(ctx, loss: Tensor, ignore: Tensor | None, reduce: Reduce) -> Tensor:
-        kept = loss if ignore is None else torch.where(ignore, 0.0, loss)
-        count = loss.new_tensor(loss.numel(), dtype=torch.float64) if ignore is None else (~ignore).sum(dtype=torch.float64)
-        total, count = reduce(torch.stack([kept.sum(dtype=torch.float64), count])).unbind()
-        ctx.reduce, ctx.shape = reduce, loss.shape
-        ctx.count = count.clamp(min=1.0)
-        ctx.save_for_backward(ignore)
-        return (total / ctx.count).to(torch.promote_types(loss.dtype, torch.float32))
+    def forward(ctx, x: Tensor, reduce: Reduce) -> Tensor:
+        ctx.reduce = reduce
+        return reduce(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (ignore,) = ctx.saved_tensors
-        # every rank returned the same sum: what flows into it on any rank flows into each term
-        share = (ctx.reduce(grad.double()) / ctx.count).to(grad.dtype).expand(ctx.shape)
-        return share if ignore is None else torch.where(ignore, 0.0, share), None, None
+        return _Sum.apply(grad, ctx.reduce), None

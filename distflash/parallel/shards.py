@@ -59,12 +59,24 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        wire, tokens, dim = ctx.wire, ctx.tokens, ctx.dim
-        shares = [grad.index_select(dim, tokens.indices(rank, grad.device)) for rank in range(wire.size)]
+        return SumOfShards.apply(grad, ctx.wire, ctx.tokens, ctx.dim), None, None, None
+
+
+class SumOfShards(torch.autograd.Function):
+    """Of what each rank holds of all S tokens, the sum of this rank's T: the adjoint of `Unshard`, which is its own gradient in turn."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, wire: Wire, tokens: Tokens, dim: int) -> Tensor:
+        ctx.wire, ctx.tokens, ctx.dim = wire, tokens, dim
+        shares = [whole.index_select(dim, tokens.indices(rank, whole.device)) for rank in range(wire.size)]
         parts = _swap(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
-        wide = torch.promote_types(grad.dtype, torch.float32)
+        wide = torch.promote_types(whole.dtype, torch.float32)
         total = sum((part.to(wide) for part in parts[1:]), start=parts[0].to(wide))  # rank order: the same bits every run
-        return total.to(grad.dtype), None, None, None
+        return total.to(whole.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return Unshard.apply(grad, ctx.wire, ctx.tokens, ctx.dim), None, None, None
 
 
 def _swap(wire: Wire, outgoing: Sequence[Tensor], room) -> list[Tensor]:

@@ -22,7 +22,8 @@ def model(x, targets, ignore, weights, seq, group):
 
 def step(seq, x, targets, ignore, group=None):
     """The loss of the whole batch and this rank's gradients of the weights."""
-    weights = [w.clone().requires_grad_() for w in torch.randn(2, D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+    drawn = D**-0.5 * torch.randn(2, D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = [w.clone().requires_grad_() for w in drawn]
     loss = model(*(seq.shard(t) for t in (x, targets, ignore)), weights, seq, group)
     loss.backward()
     return loss.detach(), [w.grad for w in weights]
@@ -30,7 +31,7 @@ def step(seq, x, targets, ignore, group=None):
 
 @pytest.mark.parametrize("ranks, options", [(2, {}), (4, {"ulysses": 2}), (3, {"layout": "striped"}), (4, {"layout": "contiguous"})])
 def test_averaged_gradients_of_all_ranks_are_those_of_one_process(ranks, options):
-    x, targets, ignore = torch.randn(2, S, D).double(), torch.randn(2, S, D).double(), torch.rand(2, S) > 0.6
+    x, targets, ignore = torch.randn(2, S, D).double() / 2, torch.randn(2, S, D).double(), torch.rand(2, S) > 0.6
     ignore[:, : S // 2] = True  # with contiguous shards a rank has no valid label
     loss, grads = step(distflash.SequenceParallel.single().sequence(S), x, targets, ignore)
     for found, mine in (results := spmd(ranks, lambda g: step(distflash.SequenceParallel(g, **options).sequence(S), x, targets, ignore))):
@@ -96,3 +97,21 @@ def test_low_precision_losses_are_added_up_in_more(dtype):
 def test_a_mask_of_another_shape_or_dtype_is_refused(ignore):
     with pytest.raises(ValueError, match=r"ignore must be a bool tensor of the loss's shape \(4,\), got"):
         distflash.token_mean(torch.zeros(4), ignore=ignore)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_second_derivative_is_that_of_one_process_on_every_rank(ranks):
+    x, ignore = torch.linspace(0.5, 2, 7, dtype=torch.float64), torch.arange(7) == 3
+
+    def second(seq, whole):
+        local = seq.shard(x, dim=0).detach().requires_grad_()
+        loss = (seq.unshard(local, dim=0) ** 3).sum() if whole else distflash.token_mean(local**3, seq, ignore=seq.shard(ignore, 0)) ** 2
+        (grad,) = torch.autograd.grad(loss, local, create_graph=True)
+        grad, again = grad / seq.sp.size, torch.autograd.grad((grad**2).sum(), local)[0] / seq.sp.size**2  # averaged, as gradients are
+        return [seq.unshard(t.detach(), dim=0) for t in (grad, again)]
+
+    for whole in (True, False):
+        expected = second(distflash.SequenceParallel.single().sequence(7), whole)
+        for found in spmd(ranks, lambda group, whole=whole: second(distflash.SequenceParallel(group).sequence(7), whole)):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
