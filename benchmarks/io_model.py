@@ -101,10 +101,23 @@ def movement() -> str:
     return table(("g", "P", "ring", "best grid Pq x Pk", "its volume", "ring over best", ""), rows)
 
 
+def ring_bytes(ranks: int, kv_heads: int, pass_: str, itemsize: int = 2) -> float:
+    """What a rank of a ring sends in a pass, of a token that it holds and an element of the head dim: docs/io-model.md, 2.1."""
+    there = 2 * itemsize * (ranks - 1) * kv_heads
+    return there if pass_ == "forward" else there + 2 * 4 * ranks * kv_heads
+
+
+def ulysses_bytes(ranks: int, heads: int, kv_heads: int, pass_: str, itemsize: int = 2) -> float:
+    """The same of Ulysses, lse and delta left out: 2.5. For heads that are dealt out evenly."""
+    wide = 4 if pass_ == "backward" and ranks > kv_heads else itemsize  # dK and dV of a head that ranks share
+    return 2 * (ranks - 1) / ranks * (itemsize * heads + wide * max(kv_heads, ranks))
+
+
 def head_sharing() -> str:
-    """What a ring moves beside Ulysses, forward."""
-    rows = [[str(ranks), *(f"{ranks / (1 + group):.2f}" for group in (1, 4, 8))] for ranks in (2, 4, 8, 16, 32)]
-    return table(("P", "g = 1", "g = 4", "g = 8"), rows)
+    """What a ring moves beside Ulysses."""
+    cells = [(kv, pass_) for kv in (32, 8, 4) for pass_ in PASSES]
+    found = {p: [f"{ring_bytes(p, kv, pass_) / ulysses_bytes(p, 32, kv, pass_):.2f}" for kv, pass_ in cells] for p in (2, 4, 8, 16, 32)}
+    return table(("P", *(f"32/{kv}, {pass_}" for kv, pass_ in cells)), [[str(p), *row] for p, row in found.items()])
 
 
 Timed = list[tuple[float, float, float]]  # FLOPs, those of one tile for each block of 128 rows, FLOP/s

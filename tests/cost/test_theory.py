@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.io_model import PAGE, grids, packed_documents, rendered, threshold
+from benchmarks.io_model import PAGE, grids, packed_documents, rendered, ring_bytes, threshold, ulysses_bytes
 from distflash.cost import hbm
 from distflash.cost.devices import DEVICES, Link, network
 from distflash.cost.simulate import simulate
@@ -32,6 +32,23 @@ def test_where_the_ring_is_the_best_grid():
         ratios = [volumes[1] / min(volumes.values()) / (0.5 * 2**n) for volumes, n in zip(even, (3, 5, 7), strict=True)]
         assert abs(ratios[-1] - 1) < abs(ratios[0] - 1) and ratios[-1] == pytest.approx(1, abs=0.02)  # tends to sqrt(P/g) / 2
     assert min(dict(grids(16, 4)).values()) < dict(grids(16, 4))[1], "past P = 2g a grid moves less"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(32, 32), (32, 8), (32, 4), (16, 2)])
+def test_what_ring_and_ulysses_move_is_what_the_plan_counts_past_as_many_ranks_as_heads(heads, kv_heads):
+    """With more ranks than key/value heads each rank's one is copied to all that share it, and its gradients come back in fp32."""
+    tokens, dim = 64, 64
+    for ranks in (p for p in (2, 4, 8, 16, 32) if p <= heads):
+        shape, cu = Shape(heads, kv_heads, dim, dim), (0, ranks * tokens)
+        mask, lse = Mask(None, 0, cu), 4 * tokens * heads * (ranks - 1) // ranks
+        sent = [Scheme("zigzag", "ring", u, ranks, ranks) for u in (1, ranks)]
+        ring, swap = ([s.share(s.spans(cu, mask), mask, shape, r).traffic() for r in range(ranks)] for s in sent)
+        for pass_ in ("forward", "backward"):
+            assert {rank[pass_].sent.total() for rank in ring} == {tokens * dim * ring_bytes(ranks, kv_heads, pass_)}
+            assert {rank[pass_].sent.total() - lse for rank in swap} == {tokens * dim * ulysses_bytes(ranks, heads, kv_heads, pass_)}
+        group = heads // kv_heads
+        told = ring_bytes(ranks, kv_heads, "forward") / ulysses_bytes(ranks, heads, kv_heads, "forward")
+        assert told == pytest.approx(ranks / (group + max(1, ranks / kv_heads))) and told <= kv_heads / 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
