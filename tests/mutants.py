@@ -129,6 +129,12 @@ MUTANTS = {
     "the running maximum never moves": Mutant(
         "kernels/hopper/forward.py", "top = gl.maximum(m, gl.max(s, 1) * qs)", "top = m",
         "kernels/test_hopper_forward.py::test_a_maximum_that_every_tile_raises[leaps]"),
+    "the last tile of queries reads statistics of the next head": Mutant(
+        "kernels/hopper/gradients.py", "(tokens + _TILE - 1)", "tokens",
+        "kernels/test_hopper_emulated.py::test_a_nan_stays_in_its_batch_element[64-False]"),
+    "a row that met a NaN says that it saw nothing": Mutant(
+        "kernels/hopper/forward.py", 'gl.where(l == 0.0, float("-inf"), (m', 'gl.where((l == 0.0) | (l != l), float("-inf"), (m',
+        "kernels/test_hopper_forward.py::test_a_row_that_meets_a_nan_says_so_in_its_lse[64]"),
     "an item's line comes where the one before it stands": Mutant(
         "kernels/hopper/feed.py", "dealt.index(2 * (r % 2)))", "dealt.index(0))",
         "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-one_q]"),

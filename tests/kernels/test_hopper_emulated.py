@@ -100,6 +100,18 @@ def test_two_passes_are_bit_equal_whatever_comes_first(head_dim):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize(("head_dim", "deterministic"), [(64, False), (64, True), (128, False), (256, True)])
+def test_a_nan_stays_in_its_batch_element(head_dim, deterministic):
+    """The last tile of queries passes the end of the sequence, where the statistics of the next line would begin."""
+    tiles, scale = packed((0, 100), (0, 100), Mask(right=0)), head_dim**-0.5
+    tensors = inputs(tiles, head_dim, head_dim, torch.bfloat16, heads=1, kv_heads=1, batch=2)
+    lse, delta, want = truth(*tensors, tiles, scale)
+    poisoned = delta.clone()
+    poisoned[1, 0] = float("nan")
+    found = backward(*tensors, lse, poisoned, tiles, scale, deterministic=deterministic)
+    judge([x[:1] for x in found], [x[:1] for x in want], torch.bfloat16)
+
+
 @pytest.mark.parametrize("scale", [-0.125, 0.0])
 def test_scales_that_are_not_positive(scale):
     tiles = TABLES["causal"]

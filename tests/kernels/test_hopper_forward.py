@@ -113,3 +113,17 @@ def test_a_maximum_that_every_tile_raises(step):
     masked = Tiles((Tile(slice(0, 130), slice(0, 400), Band(-130, 270)),), 130, 400)
     for seen in (tiles, masked):
         judge(forward(q, k, v, seen, 0.5, dtype=torch.bfloat16), q, k, v, seen, 0.5, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_row_that_meets_a_nan_says_so_in_its_lse(head_dim):
+    """-inf is the word for a row that saw no key, and its out is 0."""
+    tiles, scale = TABLES["empty rows"], head_dim**-0.5
+    q, k, v, _ = inputs(tiles, head_dim, head_dim, torch.bfloat16)
+    k[:, 120] = float("nan")
+    sees, sees_it = torch.arange(300) >= 100, torch.arange(300) >= 220
+    for acc in (None, Partial(torch.zeros(q.shape), torch.zeros(1, 4, 300))):
+        found = forward(q, k, v, tiles, scale, acc=acc)
+        assert found.lse[..., sees_it].isnan().all() and found.out[:, sees_it].isnan().all()
+        assert found.lse[..., sees & ~sees_it].isfinite().all()  # scores are masked before they are summed
+        assert (found.lse[..., ~sees] == (float("-inf") if acc is None else 0)).all()

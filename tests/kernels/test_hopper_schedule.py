@@ -89,7 +89,7 @@ def spared_of(work, block: int, rows: int, width: int) -> list[tuple[bool, bool]
     """Of the 64 rows of each consumer: do they skip the first tile, need no mask in the last that has some? What is told must be true."""
     start, _, at, _ = work.blocks[block].tolist()
     first, limit, lo, hi, left, inner, total, begin = work.segments[at].tolist()
-    told = [tuple(bool(work.spared[block, 0] >> shift + c & 1) for shift in (0, 8)) for c in range(rows // 64)]
+    told = [tuple(bool(work.lines[block, 4] >> shift + c & 1) for shift in (0, 8)) for c in range(rows // 64)]
     for c, (late, plain) in enumerate(told):
         row = np.arange(start + 64 * c, start + 64 * c + 64)[:, None]
         for tile, claimed, wanted in ((0, late, False), (total - inner - 1, plain, True)):
@@ -149,7 +149,7 @@ def test_every_program_gets_the_same_work(blocks, heads, at_once, programs):
         assert row
         for r, (block, _) in enumerate(row):
             fields = work.blocks[block].tolist()
-            assert order[p, r, 2:].tolist() == [*fields, len(row), *work.spared[block].tolist(), *work.segments[fields[2]].tolist()]
+            assert order[p, r, 2:].tolist() == [*fields, len(row), work.lines[block, 4], *work.segments[fields[2]].tolist()]
     assert sorted(x for row in items for x in row) == [(b, h) for b in range(blocks) for h in range(heads)]
     assert all((order[p, len(row) :, 0] == -1).all() for p, row in enumerate(items))  # nothing after the first hole
     loads = [sum(work.work[b] for b, _ in row) for row in items]

@@ -96,7 +96,7 @@ def consumer(
             seg = gl.load(blocks + 4 * block + 2)
             end = seg + gl.load(blocks + 4 * block + 3)
             rows = start + gl.arange(0, 64, layout=r_l)
-            line = (b * heads + h) * ((again(t_q) + 3) & -4)  # of stats.py, padded to 16 bytes
+            line = (b * heads + h) * ((again(t_q) + 130) & -4)  # gradients._padded: an argument more would be spilled
             nlse = gl.load(NLSE + line + rows, mask=rows < stop, other=float("-inf"))
             ndelta = gl.load(NDELTA + line + rows, mask=rows < stop, other=0.0)
             if FOLD:  # stats hold -delta * scale; one register less over the loop without the scale
@@ -180,8 +180,8 @@ def dq_kernel(
     BN: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, COLUMNS: gl.constexpr, NB: gl.constexpr, NBV: gl.constexpr,
     ADD: gl.constexpr, FOLD: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
-    """grid: any number of programs, at most `rounds` items each: order [programs, rounds, 2]. desc_*: [B, H, T, D or D_V] views, boxes of
-    64 or BN rows; DQ [B, Tq, H, COLUMNS], contiguous, added to if ADD; NLSE, NDELTA of stats.py, lines of Tq padded to 4."""
+    """grid: any number of programs, at most `rounds` items each: order [programs, rounds, 16]. desc_*: [B, H, T, D or D_V] views, boxes of
+    64 or BN rows; DQ [B, Tq, H, COLUMNS], contiguous, added to if ADD; NLSE, NDELTA of stats.py."""
     dtype: gl.constexpr = desc_q.dtype
     gl.static_assert(NB >= 2)
     ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)

@@ -213,14 +213,14 @@ def consumer(
             new = gl.exp2(m - shift)
             old = gl.exp2(old - shift)
             l = l * new + old
-            weight = gl.where(l > 0.0, 1.0 / l, 0.0)
-            gl.store(M + at + rows, gl.where(l > 0.0, (top + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
+            weight = gl.where(l == 0.0, 0.0, 1.0 / l)  # not l > 0: a NaN stays one, and -inf says that a row saw no key
+            gl.store(M + at + rows, gl.where(l == 0.0, float("-inf"), (top + gl.log2(l)) * LN2), mask=rows < stop)
             new = weight * new
             old = weight * old
         else:
-            new = gl.where(l > 0.0, 1.0 / l, 0.0)
+            new = gl.where(l == 0.0, 0.0, 1.0 / l)
             old = new
-            gl.store(M + at + rows, gl.where(l > 0.0, (m + gl.log2(l)) * LN2, float("-inf")), mask=rows < stop)
+            gl.store(M + at + rows, gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2), mask=rows < stop)
         if start < stop:  # also: what follows is not computed before the first item, and spilled
             if desc_o is None:
                 leave(O, A, b, h, start, stop, heads_out, t_out, acc, new, old, v, DV, HAS_ACC)

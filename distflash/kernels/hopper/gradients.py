@@ -20,6 +20,7 @@ from distflash.kernels.hopper.tma import descriptor, heads_at_once, launch, lega
 from distflash.tile import Tiles
 
 _LOG2E = 1.4426950408889634
+_TILE = 128  # rows of the largest tile of queries, in any configuration
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Inputs:
     k: Tensor  # [B, Tk, Hk, D]
     v: Tensor  # [B, Tk, Hk, Dv]
     dout: Tensor  # [B, Tq, H, Dv]
-    nlse: Tensor  # [B * H, padded Tq] fp32, as ndelta
+    nlse: Tensor  # [B * H, _padded(Tq)] fp32, as ndelta
     ndelta: Tensor
     tiles: Tiles
     sides: tuple[int, int]  # of the tiles that hold D and Dv
@@ -159,11 +160,13 @@ def scratch(config: BackwardConfig, lines: int, tokens: int, head_dim: int, alon
 
 
 def _padded(tokens: int) -> int:
-    return -(-tokens // 4) * 4
+    """Elements from a line of statistics to the next: a multiple of 16 bytes, as TMA reads nothing that starts elsewhere, and the last
+    tile's rows past `tokens` are not the next line's: P is 0 there, but 0 times the NaN of another head is NaN."""
+    return -(-(tokens + _TILE - 1) // 4) * 4  # dq.py computes it, too
 
 
 def _stats(lse: Tensor, delta: Tensor, fold: float) -> tuple[Tensor, Tensor]:
-    """-lse in base 2 and -delta * fold, [B * H, T] with lines padded to 16 bytes: TMA reads nothing that starts elsewhere."""
+    """-lse in base 2 and -delta * fold, [B * H, _padded(T)]."""
     B, H, T = lse.shape
     pad = _padded(T)
     assert B * H * pad < 1 << 31, "the kernels read the lines as one vector, with 32-bit coordinates"

@@ -38,7 +38,7 @@ class Schedule:
     idle: bool
     reach: int
     work: np.ndarray  # [busy] tiles of each block
-    spared: Tensor  # [n, 1] bits as in `order`
+    lines: np.ndarray  # [busy, 13] of each block what `order` says of it: start, stop, first segment, segments; bits; its first segment
     left: bool  # whether some row's columns begin later than its segment does
     _orders: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
@@ -51,11 +51,11 @@ class Schedule:
         """
         key = (heads, at_once, programs)
         if key not in self._orders:
-            dealt = torch.from_numpy(_deal(self.work, *key)).to(self.blocks.device)  # [programs, rounds, 2]
-            items = (dealt[..., :1] >= 0).sum(1, keepdim=True, dtype=torch.int32).expand(-1, dealt.shape[1], -1)
-            block = self.blocks[dealt[..., 0].clamp(min=0).long()]
-            spared = self.spared[dealt[..., 0].clamp(min=0).long()]
-            self._orders[key] = torch.cat([dealt, block, items, spared, self.segments[block[..., 2].long()]], 2)
+            dealt = _deal(self.work, *key)  # [programs, rounds, 2]
+            items = np.broadcast_to((dealt[..., :1] >= 0).sum(1, keepdims=True), (*dealt.shape[:2], 1))
+            lines = self.lines[np.maximum(dealt[..., 0], 0)]
+            order = np.concatenate([dealt, lines[..., :4], items, lines[..., 4:]], 2)
+            self._orders[key] = _uploaded(order, self.blocks.device)
         return self._orders[key]
 
 
@@ -118,7 +118,7 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
         n_blocks += len(r0)
     if not n_blocks:
         none = torch.zeros((1, 8), dtype=torch.int32, device=device)
-        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0), none[:, :1], False)
+        return Schedule(none[:, :4], none, 0, length > 0, 0, np.zeros(0), np.zeros((0, 13)), False)
     start, stop, owner, table = np.concatenate(starts), np.concatenate(stops), np.concatenate(ids), np.concatenate(segments)
     by_owner = np.argsort(owner, kind="stable")
     owner, table = owner[by_owner], table[by_owner]
@@ -127,12 +127,17 @@ def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed
     blocks = np.stack([start, stop, np.cumsum(count) - count, count], 1)
     order = np.lexsort((start, -work))[: int((count > 0).sum())]
     blocks, work = blocks[order], work[order]
-    spared = _spared(blocks, table[blocks[:, 2]], rows, width)
+    firsts = table[blocks[:, 2]]
+    lines = np.concatenate([blocks, _spared(blocks, firsts, rows, width), firsts], 1)
     covered = int((blocks[:, 1] - blocks[:, 0]).sum())
-    on = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)  # noqa: E731
     reach, left = (int(table[:, 1].max()), bool(table[:, 4].any())) if len(table) else (0, False)
     table = table if len(table) else np.zeros((1, 8))
-    return Schedule(on(blocks), on(table), len(blocks), covered < length, reach, work, on(spared), left)
+    return Schedule(_uploaded(blocks, device), _uploaded(table, device), len(blocks), covered < length, reach, work, lines, left)
+
+
+def _uploaded(table: np.ndarray, device: torch.device) -> Tensor:
+    """int32 on the device, by a copy that is done on return: whoever finds it in a cache may be on another stream."""
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
 
 
 def _spared(blocks: np.ndarray, segments: np.ndarray, rows: int, width: int) -> np.ndarray:
