@@ -26,6 +26,7 @@ from distflash.parallel.mask import Mask, packed
 from distflash.parallel.plan import alone
 
 PAGE = "docs/io-model.md"
+KEYS = 16  # that stream past at a time: the fewest that a tensor core takes
 
 
 def hbm_bytes() -> str:
@@ -35,14 +36,14 @@ def hbm_bytes() -> str:
         tiles, one = packed((0, n), (0, n), Mask()), Shape(1, 1, d, d)
         rows.append([str(d), "standard", "", f"{2 * hbm.standard(n, n, d) / 1e6:.0f}", ""])
         for m in (16 << 10, 32 << 10, 64 << 10, 128 << 10):
-            blocks = hbm.largest(m, d, keys=m // (4 * d))
+            blocks = hbm.largest(m, d, keys=KEYS)
             found, bound = hbm.forward(tiles, one, blocks) / 1e6, lower_bound(n, d, m) * 2e-6
             rows.append([str(d), f"tiled, M = {m // 1024} Ki", str(blocks.queries), f"{found:.1f}", f"{bound:.1f}" if m >= d * d else ""])
         h100 = DEVICES["h100"]
         wave = Blocks(h100.processors * 128, 128)
         found = hbm.forward(tiles, one, wave) / 1e6
         rows.append([str(d), f"tiled, {h100.processors} programs abreast", f"{wave.queries:,}", f"{found:.1f}", ""])
-    return table(("d", "N = 8192, 16 bit", "queries a block", "MB a head, forward", "lower bound, MB"), rows)
+    return table(("d", f"N = 8192, 16 bit, c = {KEYS}", "queries a block", "MB a head, forward", "lower bound, MB"), rows)
 
 
 def lower_bound(n: int, d: int, m: int) -> float:
@@ -89,16 +90,23 @@ def grids(ranks: int, group: int) -> Iterator[tuple[int, float]]:
         yield k, group * (k - 1) + (ranks // k - 1)
 
 
+def least_moved(ranks: int, group: int) -> float:
+    """What no rank can do without, in the same units: the least of g (a - 1) + (P / a - 1) over a >= 1. docs/io-model.md, 2.3."""
+    a = max(1.0, (ranks / group) ** 0.5)
+    return group * (a - 1) + (ranks / a - 1)
+
+
 def movement() -> str:
-    """What a ring moves beside the best grid."""
+    """What a ring moves beside the best grid, and beside what nothing beats."""
     rows = []
     for group in (1, 4, 8):
         for ranks in (2, 4, 8, 16, 32, 64, 256):
             k, best = min(grids(ranks, group), key=lambda found: found[1])
             shape = f"{ranks // k} x {k}"
-            where = "P <= 2g" if ranks <= 2 * group else "P <= 4g" if ranks <= 4 * group else ""
-            rows.append([str(group), str(ranks), str(ranks - 1), shape, f"{best:.0f}", f"{(ranks - 1) / best:.2f}", where])
-    return table(("g", "P", "ring", "best grid Pq x Pk", "its volume", "ring over best", ""), rows)
+            where = next((f"P <= {name}" for name, n in (("g", 1), ("2g", 2), ("4g", 4)) if ranks <= n * group), "")
+            volumes = str(ranks - 1), shape, f"{best:.0f}", f"{least_moved(ranks, group):.1f}"
+            rows.append([str(group), str(ranks), *volumes, f"{(ranks - 1) / best:.2f}", where])
+    return table(("g", "P", "ring", "best grid Pq x Pk", "its volume", "lower bound", "ring over best", ""), rows)
 
 
 def ring_bytes(ranks: int, kv_heads: int, pass_: str, itemsize: int = 2) -> float:
@@ -173,7 +181,11 @@ def rates() -> str:
     for (device, pass_, d), cells in timed.items():
         flops, start, error = fit(cells)
         rows.append([device, pass_, str(d), f"{flops / 1e12:.0f}", f"{start:.1f}", f"{error:.1%}"])
-    known = (f"{pass_} {predicted:.0f} predicted, {measured:.0f} measured" for pass_, (predicted, measured) in packed_documents().items())
+    known = (
+        f"{pass_} {predicted:.0f} predicted, {measured:.0f} measured, so {abs(predicted / measured - 1):.0%} too "
+        f"{'fast' if predicted > measured else 'slow'}"
+        for pass_, (predicted, measured) in packed_documents().items()
+    )
     return (
         table(("device", "pass", "D", "TFLOP/s of long rows", "tiles an item", "worst error of 10 cells"), rows)
         + f"\nNot fitted: 64 packed documents of random lengths, D = 128, TFLOP/s: {'; '.join(known)}.\n"

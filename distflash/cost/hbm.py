@@ -28,10 +28,14 @@ def standard(q_len: int, k_len: int, head_dim: int) -> int:
 
 
 def largest(on_chip: int, head_dim: int, keys: int = 1) -> Blocks:
-    """The largest block of queries when Q and O of it, and K and V of `keys`, share M = `on_chip` elements."""
-    queries = on_chip // (2 * head_dim) - keys
+    """The largest block of b queries when these share M = `on_chip` elements with c `keys`: Q and O, K and V, scores, two statistics a row.
+
+    2 b d + 2 c d + b c + 2 b <= M. Raises ValueError if not even one query fits.
+    """
+    queries = (on_chip - 2 * keys * head_dim) // (2 * head_dim + keys + 2)
     if queries < 1:
-        raise ValueError(f"{on_chip} elements do not hold a query and {keys} keys of {head_dim}: {4 * head_dim} is the least for one key")
+        least = 2 * head_dim + 2 + keys * (2 * head_dim + 1)
+        raise ValueError(f"{on_chip} elements do not hold a query and {keys} keys of {head_dim}: {least} is the least")
     return Blocks(queries, keys)
 
 

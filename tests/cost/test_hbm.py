@@ -61,13 +61,13 @@ def test_the_formula_counts_what_the_loops_load_and_store(name):
 
 @pytest.mark.parametrize("d", [16, 64, 128])
 def test_flash_attention_is_between_the_bounds_of_the_io_model(d):
-    """N²d²/(3M) - M <= elements <= 4N²d²/(M - 4d) + 4Nd for d² <= M, one key streamed at a time."""
+    """N²d²/(3M) - M <= elements <= 2N²d(2d + 3)/(M - 4d - 3) + 4Nd for d² <= M, one key streamed at a time."""
     for n, m in product((512, 4096), (d * d, 4 * d * d, 16 * d * d)):
         blocks, one = hbm.largest(m, d), Shape(1, 1, d, d)
         tiles = packed((0, n), (0, n), Mask())
         elements = (hbm.forward(tiles, one, blocks) - 4 * n) // 2  # the lse besides
         assert elements == 2 * n * d + 2 * n * d * -(-n // blocks.queries)
-        assert n * n * d * d / (3 * m) - m <= elements <= 4 * n * n * d * d / (m - 4 * d) + 4 * n * d
+        assert n * n * d * d / (3 * m) - m <= elements <= 2 * n * n * d * (2 * d + 3) / (m - 4 * d - 3) + 4 * n * d
         if n > m // d:
             assert elements < hbm.standard(n, n, d) or m == d * d
 
@@ -81,6 +81,17 @@ def test_more_on_chip_memory_is_fewer_bytes_down_to_reading_everything_once():
     assert 3.5 < ratio < 5  # Θ(1/M)
 
 
+def test_what_is_on_chip_fits_with_its_scores_and_statistics_and_one_query_more_does_not():
+    for m, d, keys in product((1 << 12, 1 << 14, 1 << 17), (16, 64, 128), (1, 8)):
+        b, c = hbm.largest(m, d, keys)
+
+        def held(queries, keys=c, dim=d):
+            return 2 * queries * dim + 2 * keys * dim + queries * keys + 2 * queries
+
+        assert held(b) <= m < held(b + 1)
+
+
 def test_too_little_on_chip_memory_is_refused():
-    with pytest.raises(ValueError, match="256 is the least"):
-        hbm.largest(255, 64)
+    assert hbm.largest(259, 64) == Blocks(1, 1) and hbm.largest(130 + 2 * 129, 64, keys=2) == Blocks(1, 2)
+    with pytest.raises(ValueError, match="259 is the least"):
+        hbm.largest(258, 64)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.io_model import PAGE, grids, packed_documents, rendered, ring_bytes, threshold, ulysses_bytes
+from benchmarks.io_model import PAGE, grids, least_moved, packed_documents, rendered, ring_bytes, threshold, ulysses_bytes
 from distflash.cost import hbm
 from distflash.cost.devices import DEVICES, Link, network
 from distflash.cost.simulate import simulate
@@ -32,6 +32,19 @@ def test_where_the_ring_is_the_best_grid():
         ratios = [volumes[1] / min(volumes.values()) / (0.5 * 2**n) for volumes, n in zip(even, (3, 5, 7), strict=True)]
         assert abs(ratios[-1] - 1) < abs(ratios[0] - 1) and ratios[-1] == pytest.approx(1, abs=0.02)  # tends to sqrt(P/g) / 2
     assert min(dict(grids(16, 4)).values()) < dict(grids(16, 4))[1], "past P = 2g a grid moves less"
+
+
+def test_nothing_moves_less_than_the_lower_bound_and_up_to_as_many_ranks_as_heads_share_one_the_ring_moves_just_that():
+    for group in (1, 2, 3, 4, 8, 16):
+        for ranks in range(2, 513):
+            bound = least_moved(ranks, group)
+            rectangles = [group * (a - 1) + (ranks / a - 1) for a in (1 + n * (ranks - 1) / 400 for n in range(401))]
+            assert bound <= min(rectangles) + 1e-9 and min(rectangles) <= bound + 0.01 * ranks
+            assert bound <= min(volume for _, volume in grids(ranks, group)) + 1e-9
+            assert bound == ranks - 1 or ranks > group, (group, ranks)
+            assert ranks - 1 <= 1.5 * bound or ranks > 4 * group, (group, ranks)
+            if ranks >= 16 * group and (ranks // group) ** 0.5 % 1 == 0 and ranks % group == 0:
+                assert min(volume for _, volume in grids(ranks, group)) == pytest.approx(bound), "a grid reaches it"
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(32, 32), (32, 8), (32, 4), (16, 2)])
