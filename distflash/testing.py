@@ -289,7 +289,8 @@ def spmd(size: int, fn: Callable[[LocalWire], Any], *, device: torch.device | st
 
 
 def spmd_processes(size: int, fn: Callable[[], Any], *, backend: str = "gloo", timeout: float = 60.0) -> list[Any]:
-    """Run fn() in `size` forked processes of one initialised process group; their results in rank order (tensors of floats as fp64).
+    """Run fn() in `size` forked processes of one initialised process group; their results in rank order: tensors, those
+    of floats as fp64, also in lists, tuples and dicts.
 
     Forking takes a tenth of a second where a launcher takes ten. If ranks raise, the first traceback that is not about a lost
     connection is raised here; processes alive after `timeout` seconds are killed.
@@ -363,6 +364,8 @@ def _plain(value: Any) -> Any:
 def _mapped(value: Any, kind: type, change: Callable) -> Any:
     if isinstance(value, kind):
         return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(x, kind, change) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
         items = [_mapped(x, kind, change) for x in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from distflash.parallel.documents import borders
 from distflash.parallel.mask import AnyMask, Mask
@@ -22,6 +23,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise ValueError("q, k or v carries a tangent, but attention has no forward-mode derivative: use torch.autograd.grad or backward()")
     dim, qs, ks, vs = q.dim(), q.shape, k.shape, v.shape
     if dim not in (3, 4) or not dim == k.dim() == v.dim():
         raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) each, got {_shapes(q, k, v)}")

@@ -98,9 +98,10 @@ def test_rank_results_come_in_rank_order():
 
 def test_tensors_come_back_from_processes_whatever_their_dtype():
     def work():
-        return torch.arange(3), [torch.ones(2, dtype=torch.bfloat16), (torch.zeros(0, 4), "text", None)]
+        return torch.arange(3), [{"ones": torch.ones(2, dtype=torch.bfloat16)}, (torch.zeros(0, 4), "text", None)]
 
-    for count, (ones, (nothing, *rest)) in spmd_processes(2, work):
+    for count, (found, (nothing, *rest)) in spmd_processes(2, work):
+        ones = found["ones"]
         assert count.tolist() == [0, 1, 2] and ones.dtype == torch.float64 and ones.tolist() == [1.0, 1.0]
         assert nothing.shape == (0, 4) and rest == ["text", None]
 

@@ -66,6 +66,7 @@ RAISED = {  # what raises each text of the page's first tables
     "... must be a tensor, got ...": lambda: attend([1]),
     "q, k, v must be (batch, tokens, heads, head_dim)": lambda: attend(x[0, 0]),
     "q, k, v must share one dtype": lambda: attend(x.double()),
+    "q, k or v carries a tangent, but attention has no forward-mode derivative": lambda: torch.func.jvp(attend, (x,), (x,)),
     "q, k, v must be on one device": lambda: attend(x, x.to("meta"), x),
     "k and v must agree in all but the last dimension": lambda: attend(x, x, x[:, 1:]),
     "q and k must agree in batch and head_dim": lambda: attend(x[..., 1:]),
@@ -99,6 +100,7 @@ RAISED = {  # what raises each text of the page's first tables
     "cu_seqlens_q and cu_seqlens_k do not go with seq": lambda: attend(x, x, x, seq, cu_seqlens_q=cu(0, 8)),
     "sequence() takes either length or cu_seqlens": lambda: single().sequence(),
     "seq must come from SequenceParallel.sequence()": lambda: attend(x, x, x, single()),
+    "shard() and unshard() need dim=..., got a tensor of shape": lambda: seq.shard(one),
     "... has ... tokens, but ...: use seq.shard()": lambda: on_two(lambda _, sp: attend(x, x, x, sp.sequence(length=8))),
     "shard() needs the ... tokens of the sequence along dim ...": lambda: seq.shard(x[0]),
     "unshard() needs this rank's ... tokens along dim ...": lambda: seq.unshard(x[0]),
@@ -134,6 +136,7 @@ RAISED = {  # what raises each text of the page's first tables
     "slice ... is ..., but there are ... queries and ... keys": lambda: attend(mask=Slices.prefix_lm(9, 2)),
     "slice ... is ... and crosses a border of documents": lambda: attend(mask=Slices.prefix_lm(8, 2), cu_seqlens_q=cu(0, 5, 8)),
     "slices ... and ... both let query ... see key ...": lambda: Slices([((0, 8), (0, 8)), ((7, 9), (0, 3))]),
+    "window=... must be an integer, 0 (only itself) or more": lambda: Slices.sinks_and_window(8, 2, -1),
     "a block mask must be a matrix of 0 and 1": lambda: Slices.from_block_mask([], 4),
     "a block mask must hold 0 and 1": lambda: Slices.from_block_mask([[2]], 4),
     "... blocks of ... cover ... (queries, keys): lengths=... must end in the last blocks": lambda: Slices.from_block_mask(

@@ -32,8 +32,10 @@ def token_mean(
     flattened group, and then one step equals that of one process that holds every token. Wrappers that sum over the sequence
     group instead need the loss divided by its size.
 
-    Raises ValueError if `ignore` has another shape than the loss.
+    Raises ValueError if `ignore` has another shape than the loss, TypeError if `seq` is no sequence.
     """
+    if seq is not None and not isinstance(seq, ShardedSequence):
+        raise TypeError(f"seq must come from SequenceParallel.sequence(), got {type(seq).__name__}")
     if ignore is not None and (ignore.shape != per_token_loss.shape or ignore.dtype != torch.bool):
         raise ValueError(
             f"ignore must be a bool tensor of the loss's shape {tuple(per_token_loss.shape)}, got {ignore.dtype} {tuple(ignore.shape)}"

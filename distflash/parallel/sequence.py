@@ -211,6 +211,7 @@ class ShardedSequence:
         Differentiable: the gradient of `x` is 0 outside this rank's tokens, so that the sum over ranks is the whole gradient.
         Raises ValueError if `x` does not have S tokens along `dim`.
         """
+        _check_dim(x, dim)
         if x.shape[dim] != self.length:
             raise ValueError(
                 f"shard() needs the {self.length} tokens of the sequence along dim {dim}, got {x.shape[dim]}: shapes {tuple(x.shape)}"
@@ -224,6 +225,7 @@ class ShardedSequence:
         Differentiable: the gradient of a shard is the sum over ranks of its part of the gradients (the exact adjoint).
         Raises ValueError if `x_local` does not have T tokens along `dim`.
         """
+        _check_dim(x_local, dim)
         if x_local.shape[dim] != self.local_length:
             raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {tuple(x_local.shape)}")
         dim %= x_local.dim()
@@ -285,6 +287,11 @@ class ShardedSequence:
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1
         return f"ShardedSequence({self.length} tokens, {documents} document{'s' * (documents > 1)}, {self.local_length} here, {self.sp!r})"
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"shard() and unshard() need dim={dim} to hold the tokens, got a tensor of shape {tuple(x.shape)}: pass its dim")
 
 
 @torch.library.custom_op("distflash::places", mutates_args=())

@@ -66,6 +66,8 @@ class Slices:
     @classmethod
     def sinks_and_window(cls, length: int, sinks: int, window: int) -> Slices:
         """Causal: the `sinks` first tokens, the `window` tokens before, and itself (StreamingLLM, arXiv:2309.17453)."""
+        if type(window) is not int or window < 0:
+            raise ValueError(f"window={window!r} must be an integer, 0 (only itself) or more: causal=True has no limit")
         sinks = min(sinks, length)
         near = Slice((sinks, length), (sinks, length), "band", (window, 0))
         return cls([Slice((0, sinks), (0, sinks), "causal"), Slice((sinks, length), (0, sinks)), near])

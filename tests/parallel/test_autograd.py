@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -213,3 +213,18 @@ def test_autocast_outside_of_attention_reaches_nothing_inside(kernel, dtype, whe
     for ranks in (1, 2):
         inside, outside = (spmd(ranks, lambda group, cast=cast: run(group, cast)) for cast in (True, False))
         assert all(torch.equal(a, b) for found, expected in zip(inside, outside, strict=True) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_forward_mode_is_refused_and_not_0(which):
+    x = inputs(S)[:3]
+
+    def f(t):
+        return distflash.attention(*x[:which], t, *x[which + 1 :], causal=True)
+
+    with pytest.raises(ValueError, match="has no forward-mode derivative"):
+        torch.func.jvp(f, (x[which],), (x[which],))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="has no forward-mode derivative"):
+        f(forward_ad.make_dual(x[which], x[which]))
+    with forward_ad.dual_level():
+        f(x[which])  # what carries none is as good as ever

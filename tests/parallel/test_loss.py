@@ -115,3 +115,8 @@ def test_a_second_derivative_is_that_of_one_process_on_every_rank(ranks):
         for found in spmd(ranks, lambda group, whole=whole: second(distflash.SequenceParallel(group).sequence(7), whole)):
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_no_sequence_is_refused():
+    with pytest.raises(TypeError, match=r"seq must come from SequenceParallel\.sequence\(\), got SequenceParallel"):
+        distflash.token_mean(torch.zeros(4), distflash.SequenceParallel.single())

@@ -161,3 +161,11 @@ def test_the_default_device_does_not_matter():
         seq = distflash.SequenceParallel.single("cpu").sequence(cu_seqlens=[0, 3, 7])
         assert seq.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
         assert seq.indices.tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_tensors_without_that_dim_are_refused(dim):
+    seq = distflash.SequenceParallel.single().sequence(7)
+    for call in (seq.shard, seq.unshard):
+        with pytest.raises(ValueError, match=rf"need dim={dim} to hold the tokens, got a tensor of shape \(7,\)"):
+            call(torch.arange(7), dim=dim)

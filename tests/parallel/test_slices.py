@@ -185,6 +185,12 @@ def test_bad_block_masks_are_refused(args, fragment):
     assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize("window", [-1, 2.0, None])
+def test_a_window_beside_sinks_has_a_limit(window):
+    with pytest.raises(ValueError, match=r"window=.* must be an integer, 0 \(only itself\) or more"):
+        Slices.sinks_and_window(8, 2, window)
+
+
 def test_masks_are_compared_by_value_so_that_layers_share_a_plan():
     seq, q = distflash.SequenceParallel().sequence(S), torch.randn(1, S, 2, 4)
     for _ in range(2):
