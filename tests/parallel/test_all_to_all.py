@@ -57,7 +57,7 @@ def test_more_bytes_make_more_groups_as_far_as_heads_allow():
 
 @pytest.fixture
 def alike(monkeypatch):
-    """Matrix products one by one, of copies: the last bit of a BLAS may depend on the others of a batch, and on where operands lie and how."""
+    """Matrix products one by one, of copies: a BLAS's last bit may depend on the rest of a batch, and on where operands lie and how."""
     product = torch.matmul
 
     def one_by_one(a, b):
