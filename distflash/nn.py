@@ -5,6 +5,8 @@ Legend: B batch, T local tokens, H query heads, Hk key/value heads, D head dim, 
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class Attention(nn.Module):
     Args:
         causal, window_size, softmax_scale, softcap, deterministic, kernel: as `distflash.attention` has them.
         dropout_p: as there, while the module is in training mode; 0 in eval mode.
-        alibi_slopes: (H,) fp32, a buffer that is not saved.
+        alibi_slopes: (H,) fp32, a buffer that is not saved. It moves with the module from device to device, and stays fp32.
         sinks: H for a learned attention sink a query head, the only parameter there can be (fp32, 0 at first); 0 is none. Its
             gradient on a rank is that of the rank's own tokens, as every parameter's.
 
@@ -46,7 +48,15 @@ class Attention(nn.Module):
         self.causal, self.window_size, self.softmax_scale, self.softcap = causal, window_size, softmax_scale, softcap
         self.dropout_p, self.deterministic, self.kernel = dropout_p, deterministic, kernel
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self._slopes = alibi_slopes  # their numbers, for `_apply`
         self.register_parameter("sinks", nn.Parameter(torch.zeros(sinks)) if sinks else None)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Of what to(), half() and to_empty() do to tensors, slopes follow to the device: no cast rounds them, none leaves them unwritten."""
+        super()._apply(*args, **kwargs)
+        if self.alibi_slopes is not None and self._slopes is not None:
+            self.alibi_slopes = self._slopes.to(self.alibi_slopes.device)
+        return self
 
     def forward(
         self,

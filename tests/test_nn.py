@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -67,3 +69,20 @@ def test_it_compiles_without_a_graph_break_and_says_what_it_is():
     found = torch.compile(module, fullgraph=True, backend="aot_eager")(*x[:3])
     assert torch.equal(found, module(*x[:3]))
     assert "causal=True" in repr(module) and "sinks=4" in repr(module)
+
+
+def test_slopes_keep_their_numbers_whatever_the_module_is_cast_to():
+    x = inputs(S, dtype=torch.bfloat16)
+    expected = distflash.attention(*x[:3], causal=True, alibi_slopes=SLOPES)
+    model = torch.nn.Sequential(distflash.nn.Attention(causal=True, alibi_slopes=SLOPES), torch.nn.Linear(2, 2))
+    for change in (
+        lambda m: m.to(torch.bfloat16),
+        torch.nn.Module.half,
+        lambda m: m.to("meta").to_empty(device="cpu"),
+        copy.deepcopy,
+        lambda m: m.double(),
+    ):
+        model = change(model)
+        assert model[0].alibi_slopes.dtype == torch.float32
+        assert torch.equal(model[0](*x[:3]), expected)
+    assert model[1].weight.dtype == torch.float64 and not list(model[0].state_dict())
