@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 LAYER = "distflash layer"  # where a node of the autograd graph keeps the name of the module that made it
 RESULTS = {"distflash::attention": ("out", "lse"), "distflash::attention_backward": ("dq", "dk", "dv")}
 UNWRITTEN = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted", "resize_")
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_PACKED = (torch.float4_e2m1fn_x2,)  # two numbers in a byte, neither of them ever NaN
 
 
 @contextmanager
@@ -115,8 +117,13 @@ def _notes(node: Any) -> dict[str, str]:
     return node.metadata
 
 
-def _floats(value: Any) -> Iterable[Tensor]:
-    return (x for x in tree_leaves(value) if isinstance(x, Tensor) and x.is_floating_point() and x.numel())
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The numbers in a result that may be NaN: fp8 widened, of sparse and nested tensors those that are stored."""
+    for x in tree_leaves(value):
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+            x = x._values() if x.layout is torch.sparse_coo else x.values() if x.layout in _COMPRESSED or x.is_nested else x
+            if x.numel() and x.dtype not in _PACKED and x.layout is torch.strided and not x.is_meta:
+                yield x.float() if x.itemsize == 1 else x
 
 
 def _amiss(x: Tensor, lse: bool = False) -> bool:

@@ -145,6 +145,31 @@ def test_infinities_that_were_asked_for_pass():
         out.sum().backward()
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda x, dtype=dtype: x.abs().to(dtype) for dtype in FP8),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: torch.complex(x, x),
+        lambda x: torch.fft.rfft(x),
+        lambda x: torch.sparse.mm(x.to_sparse(), x),
+        lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged) * 2,
+    ],
+    ids=[*map(str, FP8), "coo", "csr", "complex", "fft", "sparse product", "nested"],
+)
+def test_tensors_of_every_kind_pass_and_are_looked_at(make):
+    x = torch.ones(4, 4)
+    with distflash.check_numerics():
+        make(x)
+    x[2, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="rank 0, outside of the model, forward: result 0 of .* holds"), distflash.check_numerics():
+        make(x)
+
+
 def test_what_is_overwritten_is_looked_at_too():
     x = torch.ones(4)
     words = "rank 0, outside of the model, forward: self of aten::div_ holds 0 NaN and 4 infinities"
