@@ -49,7 +49,7 @@ def time_cell(bench: Bench, cell: dict[str, Any], lost: set[str]) -> Rows:
 
             def work(name: str = name, direction: str = direction) -> dict[str, float]:
                 torch.manual_seed(0)
-                attend, heads_first = contender(name, bench.device, cell["N"], **how)
+                attend, heads_first = contender(name, bench, cell["N"], **how)
                 leaves, dout = bench.inputs(cell["B"], cell["N"], cell["H"], D, heads_first)
                 run = (lambda: attend(*leaves)) if direction == "forward" else (lambda: both(attend, leaves, dout))
                 found = bench.milliseconds(run, worth=0.15)
@@ -67,7 +67,7 @@ def time_cell(bench: Bench, cell: dict[str, Any], lost: set[str]) -> Rows:
 def difference(bench: Bench, tokens: int = 128) -> float:
     """The largest difference of the outputs on the same q, k, v, causal, without dropout."""
     (q, k, v), _ = bench.inputs(2, tokens, 4, D, heads_first=False)
-    ours, theirs = (contender(name, bench.device, tokens, causal=True)[0] for name in (OURS, STANDARD))
+    ours, theirs = (contender(name, bench, tokens, causal=True)[0] for name in (OURS, STANDARD))
     turned = theirs(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     return float((ours(q, k, v) - turned).detach().abs().max())
 
@@ -126,7 +126,7 @@ def main() -> None:
     known = [r["speedup"] for r in found if r["speedup"]]
     without_host = [r["captured"] or r["speedup"] for r in found if r["speedup"]]
     bench.finish(
-        rows, draw, difference=apart, speedups=found, best=max(known, default=None), least=min(known, default=None),
+        rows, draw, mask="added", difference=apart, speedups=found, best=max(known, default=None), least=min(known, default=None),
         least_without_host=min(without_host, default=None),
     )  # fmt: skip
 

@@ -110,22 +110,22 @@ class Bench:
         self.say(f"wrote {path}{' and .png' * bool(rows)}")
 
 
-def standard(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """Attention as five operators of PyTorch, [B, H, N, D]: matmul, mask, softmax, dropout, matmul. keep: [N, N] bool."""
+def standard(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Attention as five operators of PyTorch, [B, H, N, D]: matmul, mask, softmax, dropout, matmul. bias: [N, N], 0 or -inf, is added."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, N, N]
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -torch.inf)
+    if bias is not None:
+        scores = scores + bias
     weights = scores.softmax(-1)
     return (F.dropout(weights, dropout_p) if dropout_p else weights) @ v
 
 
-def contender(name: str, device: torch.device, tokens: int, causal: bool, dropout_p: float = 0.0) -> tuple[Attend, bool]:
-    """(what attends, whether it wants heads before tokens)."""
+def contender(name: str, bench: Bench, tokens: int, causal: bool, dropout_p: float = 0.0) -> tuple[Attend, bool]:
+    """(what attends, whether it wants heads before tokens). The mask of standard attention is made here, in the inputs' dtype."""
     if name == OURS:
         ours: Any = partial(distflash.attention, causal=causal, dropout_p=dropout_p)
         return ours, False
-    keep = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_() if causal else None
-    return partial(standard, keep=keep, dropout_p=dropout_p), True
+    bias = torch.full((tokens, tokens), -torch.inf, dtype=bench.dtype, device=bench.device).triu_(1) if causal else None
+    return partial(standard, bias=bias, dropout_p=dropout_p), True
 
 
 def both(attend: Attend, leaves: Sequence[Tensor], dout: Tensor) -> tuple[Tensor, ...]:

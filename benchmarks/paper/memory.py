@@ -26,7 +26,7 @@ def expected(bench: Bench, tokens: int) -> int:
 
 def peak(bench: Bench, name: str, tokens: int) -> int:
     """Bytes above the inputs, after a first round that compiles kernels and makes tables."""
-    attend, heads_first = contender(name, bench.device, tokens, causal=True)
+    attend, heads_first = contender(name, bench, tokens, causal=True)
     (leaves, dout), start = bench.inputs(1, tokens, H, D, heads_first), 0
     for _ in range(2):
         torch.cuda.synchronize()

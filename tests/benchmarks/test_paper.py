@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import io_model
 from benchmarks.paper import attention, common, context, hbm, sparse, tables, texts
 from benchmarks.paper.learner import Learner
+from benchmarks.record import load
 
 PROGRAMS = ("attention", "memory", "hbm", "sparse", "context")
 
@@ -54,6 +56,34 @@ def test_a_spent_budget_leaves_what_there_is(name, tmp_path, monkeypatch, capsys
     importlib.import_module(f"benchmarks.paper.{name}").main()
     assert json.loads((tmp_path / f"paper_{name}_quick.json").read_text())["rows"] == []
     assert "the budget is spent" in capsys.readouterr().out
+
+
+def test_standard_attention_adds_its_mask_once_forward_and_does_nothing_for_it_backward():
+    """FlashAttention's own benchmark adds a mask too; masked_fill copies, fills, and fills again backward."""
+    shape, seen = (2, 3, 16, 8), []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    attend, _ = common.contender("standard", SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), 16, causal=True)
+    q, k, v, dout = (torch.randn(shape, requires_grad=True) for _ in range(4))
+    with Names():
+        out = attend(q, k, v)
+    forward = seen[:]
+    with Names():
+        torch.autograd.grad(out, (q, k, v), dout)
+    assert forward.count("add") == 1 and not {"masked_fill", "bitwise_not", "_to_copy", "full", "triu"} & {*forward}
+    assert not {"masked_fill", "add", "masked_fill_"} & {*seen[len(forward) :]}
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+def test_a_run_from_before_the_mask_was_added_says_so():
+    found = load("paper_attention")
+    said = "masked with `masked_fill` in this run"
+    assert (said in tables.attention(found)) == (found.get("mask") != "added")
+    assert said not in tables.attention(found | {"mask": "added"}) and said in tables.attention({**found, "mask": None})
 
 
 def test_both_contenders_compute_the_same_and_each_pass_is_compared(results):
