@@ -39,9 +39,10 @@ def _filled(cells: dict[tuple, dict[str, dict[str, Any]]]) -> str:
         factor = masked / (plain + once)
         words.append(f"{name} {masked - plain:.1f} of {masked:.1f} ms, and speed-ups are up to {factor:.1f} times too large")
     return (
-        "\nStandard attention masked with `masked_fill` in this run, which is slower than adding a mask, as FlashAttention's own benchmark does; "
-        "it is added now, and this has not been measured again. Estimate at the first shape, causal: the mask took "
-        f"{'; '.join(words)}; if adding it takes {once:.1f} ms, the scores read and written once at HBM's full rate, and nothing backward.\n"
+        "\nStandard attention masked with `masked_fill` in this run, which is slower than adding a mask, as FlashAttention's own benchmark "
+        "does; it is added now, and this has not been measured again. Estimate at the first shape, causal: the mask took "
+        f"{'; '.join(words)}; if adding it takes {once:.1f} ms, the scores read and written once at HBM's full rate, and nothing "
+        "backward.\n"
     )
 
 
