@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.register_parameter("sinks", nn.Parameter(torch.zeros(sinks)) if sinks else None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Of what to(), half() and to_empty() do to tensors, slopes follow to the device: no cast rounds them, none leaves them unwritten."""
+        """Where to(), half() and to_empty() take the module, slopes go as they are: no cast rounds them, nothing leaves them unwritten."""
         super()._apply(*args, **kwargs)
         if self.alibi_slopes is not None and self._slopes is not None:
             self.alibi_slopes = self._slopes.to(self.alibi_slopes.device)

@@ -119,6 +119,12 @@ MUTANTS = {
     "the model forgets what flags take of the host": Mutant(
         "cost/copied.py", "max(total, rounds * link.host)", "total",
         "cost/test_copied.py::test_a_call_is_no_shorter_than_what_its_rounds_of_flags_take_of_the_host"),
+    "plans of every mask are kept": Mutant(
+        "parallel/planning.py", "lru_cache(KEPT)(partial(plan,", "lru_cache(None)(partial(plan,",
+        f"{STAGING}::test_plans_of_masks_that_are_over_are_forgotten[p2p]"),
+    "copies keep pace with all heads and not with a rank's": Mutant(
+        "parallel/planning.py", "self._copied(visits, space, kv_heads, heads,", "self._copied(visits, space, shape.kv_heads, shape.heads,",
+        f"{STAGING}::test_the_model_looks_at_the_visits_that_are_carried_out[8-2-16-1-8192]"),
     # the Hopper kernels' work list
     "rows skip a tile that the lower ones of them reach": Mutant(
         "kernels/hopper/schedule.py", "> upper + 63 + hi", "> upper + hi",

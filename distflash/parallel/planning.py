@@ -1,4 +1,4 @@
-"""The plans of one rank's ring for a sequence, and what carries them out: each is made when first asked for, and kept.
+"""The plans of one rank's ring for a sequence, and what carries them out: each is made when first asked for, the last ones are kept.
 
 plan.py says what blocks do in any ring; here is what they do in this one, within the memory that may be used and over its wire.
 Legend: R ranks of a ring, U ranks of a Ulysses group.
@@ -6,8 +6,9 @@ Legend: R ranks of a ring, U ranks of a Ulysses group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, cast
 
 from distflash.cost.traffic import Shape
@@ -22,6 +23,8 @@ from distflash.parallel.staging import copies, room, within
 from distflash.parallel.ulysses import head_shards
 from distflash.parallel.wire.base import Wire
 from distflash.parallel.wire.symmetric import Windows
+
+KEPT = 256  # of each kind of plan: masks may be new at every step
 
 
 class Plans(NamedTuple):
@@ -48,9 +51,6 @@ class Planner:
     order: Order
     staging: int | None  # bytes, as SequenceParallel has it
     direct: bool  # blocks are copied; else sent
-    _visits: dict[tuple[AnyMask, Order], tuple[Visit, ...]] = field(init=False, default_factory=dict)
-    _copies: dict[tuple, tuple[tuple[Visit, ...], tuple[Visit, ...]]] = field(init=False, default_factory=dict)
-    _carriers: dict[AnyMask, Direct] = field(init=False, default_factory=dict)
 
     @cached_property
     def spans(self) -> Layout:
@@ -62,12 +62,21 @@ class Planner:
         """Of what the ring works on."""
         return Positions(self.spans[self.wire.rank], self.spans)
 
+    @cached_property
+    def _planned(self) -> Callable[[AnyMask, Order, int], tuple[Visit, ...]]:
+        return lru_cache(KEPT)(partial(plan, self.spans))
+
+    @cached_property
+    def _copied(self) -> Callable[..., tuple[tuple[Visit, ...], tuple[Visit, ...]]]:
+        return lru_cache(KEPT)(copies)
+
+    @cached_property
+    def _carried(self) -> Callable[[AnyMask], Direct]:
+        return lru_cache(KEPT)(partial(_direct, cast(Windows, self.wire), self.spans))
+
     def visits(self, mask: AnyMask, order: Order | None = None) -> tuple[Visit, ...]:
         """The plan for a mask, as blocks would go from rank to rank."""
-        key = mask, order or self.order
-        if key not in self._visits:
-            self._visits[key] = plan(self.spans, *key, self.wire.rank)
-        return self._visits[key]
+        return self._planned(mask, order or self.order, self.wire.rank)
 
     def plans(self, mask: AnyMask, shape: Shape, deterministic: bool) -> Plans:
         """What is carried out for a call with tensors of this shape, within `staging`. Raises ValueError if it is too little."""
@@ -76,16 +85,15 @@ class Planner:
             visits = self.visits(mask)
             return Plans(visits, visits, visits, None)
         tokens = max(lengths(self.spans))
-        shards = head_shards(shape.heads, shape.kv_heads, self.ulysses)[1]
-        most = replace(shape, kv_heads=max(map(len, shards)))  # of any rank, so that all ranks raise or none does
+        shards = zip(*head_shards(shape.heads, shape.kv_heads, self.ulysses), strict=True)
+        heads, kv_heads = max((len(q), len(kv)) for q, kv in shards)  # of any rank, so that all ranks raise or none does
+        most = replace(shape, heads=heads, kv_heads=kv_heads)
         if not self.direct:
             visits = self.visits(mask, within(self.order, self.staging, most.message(tokens, shape.itemsize)))
             return Plans(visits, visits, visits, self.staging)
         space = room(self.staging, tokens, most.token, ranks)
-        key = space, shape.kv_heads, shape.heads, deterministic
-        if (mask, *key) not in self._copies:
-            self._copies[mask, *key] = copies(self.visits(mask), *key)
-        return Plans(self.visits(mask), *self._copies[mask, *key], space * most.token)
+        visits = self.visits(mask)
+        return Plans(visits, *self._copied(visits, space, kv_heads, heads, deterministic), space * most.token)
 
     def unseen(self, mask: AnyMask, rank: int) -> tuple[range, ...]:
         """The keys of a rank, of all R * U, that no query of any rank sees. But for `Slices`, each is seen from its own position."""
@@ -95,7 +103,8 @@ class Planner:
         """What moves blocks and gradients."""
         if not self.direct or self.wire.size == 1:
             return Messages(self.wire)
-        if mask not in self._carriers:
-            wire = cast(Windows, self.wire)
-            self._carriers[mask] = Direct(wire, lengths(self.spans), readers(self.spans, mask, wire.rank))
-        return self._carriers[mask]
+        return self._carried(mask)
+
+
+def _direct(wire: Windows, spans: Layout, mask: AnyMask) -> Direct:
+    return Direct(wire, lengths(spans), readers(spans, mask, wire.rank))

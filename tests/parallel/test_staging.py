@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -11,18 +12,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import distflash
-from distflash.cost import memory
+from distflash.cost import choose, memory
 from distflash.cost.traffic import Scheme, Shape, Share
 from distflash.kernels.base import Partial
 from distflash.kernels.eager import EagerKernel
-from distflash.parallel import ring, staging
+from distflash.parallel import planning, ring, sequence, staging
 from distflash.parallel.agreement import Disagreement
 from distflash.parallel.direct import Direct
-from distflash.parallel.layout import LAYOUTS, lengths
+from distflash.parallel.layout import LAYOUTS, lengths, split
 from distflash.parallel.mask import Mask
 from distflash.parallel.messages import Messages
 from distflash.parallel.plan import ORDERS, halved, narrowed, plan, readers, staged
-from distflash.parallel.wire.local import LocalWire
+from distflash.parallel.planning import Planner
+from distflash.parallel.slices import Slices
+from distflash.parallel.wire.local import LocalGroup, LocalWire
 from distflash.testing import check, spmd, spmd_processes
 from tests.parallel.test_ring import MASKS, RAGGED, LiveMessages, S, agree
 from tests.schemes import Call, inputs, on_ranks, run_sequence, truth_of, whole
@@ -249,6 +252,40 @@ def test_as_many_blocks_are_one_visit_as_have_come_and_as_fit():
     assert groups(8, 64, 7, 0)[0] == [1, 7]
     assert groups(8, 64, 7, None) == ([1] * 8, [[*range(1, 8)], *[[]] * 7])
     assert groups(4, 64, 3, 1e9)[0] == [1, 1, 1, 1]  # copies are slow: nothing is waited for
+
+
+@pytest.mark.parametrize(
+    "ranks, ulysses, heads, kv_heads, tokens",
+    [(4, 1, 8, 2, 8192), (8, 2, 16, 1, 8192), (8, 2, 8, 1, 32768), (9, 3, 8, 1, 9000), (8, 2, 3, 3, 16384), (8, 4, 5, 1, 32768)],
+)
+def test_the_model_looks_at_the_visits_that_are_carried_out(ranks, ulysses, heads, kv_heads, tokens):
+    scheme, shape, cu = Scheme("zigzag", "ring", ulysses, ranks, ranks), Shape(heads, kv_heads, 128, 128), (0, tokens)
+    mask = Mask(None, 0, cu)
+    spans = scheme.spans(cu, mask)
+    for rank in range(scheme.ring):
+        visits = scheme.visits(spans, mask, rank)
+        share = Share(scheme, spans, shape, rank * ulysses + scheme.fullest_head_rank(shape), visits)
+        told = choose._copies(share, lengths(spans), visits)
+        order = ORDERS["ring"](scheme.ring, scheme.ring)
+        done = Planner(LocalGroup(scheme.ring).wire(rank), split(spans, ulysses), ulysses, order, None, True).plans(mask, shape, False)
+        assert [[visit.parts for visit in visits] for visits in told] == [[v.parts for v in visits] for visits in done.copies]
+
+
+@pytest.mark.parametrize("wire", ["p2p", "symmetric"])
+def test_plans_of_masks_that_are_over_are_forgotten(wire, monkeypatch):
+    monkeypatch.setattr(planning, "KEPT", 3)
+    monkeypatch.setattr(sequence, "_SCHEMES", 2)
+
+    def work(group):
+        seq, q = distflash.SequenceParallel(group, wire=wire).sequence(16), torch.zeros(1, 8, 1, 8)
+        made = []
+        for n in range(1, 9):
+            mask = Slices.documents([0, n, 16])
+            distflash.attention(q, q, q, seq, mask=mask)
+            made += map(weakref.ref, seq.visits(mask))
+        return len(made), sum(ref() is not None for ref in made)
+
+    assert spmd(2, work) == [(16, 6)] * 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
