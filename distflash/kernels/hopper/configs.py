@@ -46,6 +46,7 @@ class KeysConfig:
     named: bool = False  # Q and dO are given back together, at a named barrier
     staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
     hide: bool = False  # where K and V lie is not kept in registers from step to step
+    spare: bool = False  # 64 keys that none of a step's queries sees take part in dQ alone
     regs: tuple[int, int, int] = (240, 0, 24)  # consumer, reducer, producer
     max_regs: int = 168
     keys = 128
@@ -182,6 +183,7 @@ BACKWARD_VARIANTS = {
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
         "late": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
+        "spare": replace(_64, one_pass=replace(_64.one_pass, spare=True)),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
@@ -196,6 +198,7 @@ BACKWARD_VARIANTS = {
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
         "overlap_named": replace(_128, one_pass=KeysConfig(64, 2, True, True, prompt=True, hide=True, named=True, staged=True)),
+        "spare": replace(_128, one_pass=replace(_128.one_pass, spare=True)),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
