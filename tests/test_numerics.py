@@ -166,7 +166,10 @@ def test_tensors_of_every_kind_pass_and_are_looked_at(make):
     with distflash.check_numerics():
         make(x)
     x[2, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"rank 0, outside of the model, forward: result 0 of .* holds"), distflash.check_numerics():
+    with (
+        pytest.raises(FloatingPointError, match=r"rank 0, outside of the model, forward: result 0 of .* holds"),
+        distflash.check_numerics(),
+    ):
         make(x)
 
 
