@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distflash.tile import Tiles
+from distflash.tile import Tile, Tiles
 
-_FAR = 1 << 30  # a bound no local index reaches; the sum of two stays inside int32
+FAR = 1 << 30  # a bound no local index reaches; the sum of two stays inside int32
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _cached(tiles: Tiles, block: int, device: torch.device, transposed: bool) ->
 
 def _build(tiles: Tiles, block: int, device: torch.device, transposed: bool) -> Table:
     blocks, entries, length = [], [], tiles.kv_len if transposed else tiles.q_len
-    spans = [_span(t, transposed) for t in tiles]
+    spans = [span(t, transposed) for t in tiles]
     cuts = sorted({0, length, *(edge for span in spans for edge in span[:2])})
     at = {edge: n for n, edge in enumerate(cuts)}
     covering: list[list[tuple[int, int, int, int]]] = [[] for _ in cuts]
@@ -75,15 +75,15 @@ def _build(tiles: Tiles, block: int, device: torch.device, transposed: bool) -> 
         as_int32([blocks[n] for n in order]) if blocks else torch.empty((0, 4), dtype=torch.int32, device=device),
         as_int32(entries),
         sum(w < 0 for w in work),
-        any(lo > -_FAR for *_, lo, _ in entries),
+        any(lo > -FAR for *_, lo, _ in entries),
     )
 
 
-def _span(tile, transposed: bool) -> tuple[int, int, int, int, int, int]:
-    """(row start, row stop, column start, column stop, lo, hi); a bound that cuts nothing becomes ±_FAR."""
+def span(tile: Tile, transposed: bool) -> tuple[int, int, int, int, int, int]:
+    """(row start, row stop, column start, column stop, lo, hi); a bound that cuts nothing becomes ±FAR."""
     shift = tile.kv.start - tile.q.start
-    lo = tile.band.lo + shift if tile.band.lo > 1 - tile.rows else -_FAR
-    hi = tile.band.hi + shift if tile.band.hi < tile.columns - 1 else _FAR
+    lo = tile.band.lo + shift if tile.band.lo > 1 - tile.rows else -FAR
+    hi = tile.band.hi + shift if tile.band.hi < tile.columns - 1 else FAR
     if transposed:
         return tile.kv.start, tile.kv.stop, tile.q.start, tile.q.stop, -hi, -lo
     return tile.q.start, tile.q.stop, tile.kv.start, tile.kv.stop, lo, hi

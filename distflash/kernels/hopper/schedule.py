@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distflash.tile import Tile, Tiles
+from distflash.kernels.table import span
+from distflash.tile import Tiles
 
-_FAR = 1 << 30  # a bound that no local index reaches
 _EXTRA = 0.7  # what an item costs beside its tiles, in tiles: its first Q Kᵀ and softmax, its last P V and its way out
 
 
@@ -91,7 +91,7 @@ def _deal(work: np.ndarray, heads: int, at_once: int, programs: int) -> np.ndarr
 
 
 def _build(tiles: Tiles, rows: int, width: int, device: torch.device, transposed: bool) -> Schedule:
-    spans = [_span(t, transposed) for t in tiles if t.rows > 0 and t.columns > 0]
+    spans = [span(t, transposed) for t in tiles if t.rows > 0 and t.columns > 0]
     length = tiles.kv_len if transposed else tiles.q_len
     cuts = np.unique([edge for s in spans for edge in s[:2]]).tolist()
     at = {edge: n for n, edge in enumerate(cuts)}
@@ -163,13 +163,3 @@ def _segments(r0: np.ndarray, r1: np.ndarray, entry: tuple[int, int, int, int], 
     inner = np.maximum(0, whole - left)
     same = np.ones_like(r0)
     return np.stack([first, stop * same, lo * same, hi * same, left, inner, total, start * same], 1)
-
-
-def _span(tile: Tile, transposed: bool) -> tuple[int, int, int, int, int, int]:
-    """(row start, row stop, column start, column stop, lo, hi); a bound that cuts nothing becomes ±_FAR."""
-    shift = tile.kv.start - tile.q.start
-    lo = tile.band.lo + shift if tile.band.lo > 1 - tile.rows else -_FAR
-    hi = tile.band.hi + shift if tile.band.hi < tile.columns - 1 else _FAR
-    if transposed:
-        return tile.kv.start, tile.kv.stop, tile.q.start, tile.q.stop, -hi, -lo
-    return tile.q.start, tile.q.stop, tile.kv.start, tile.kv.stop, lo, hi
