@@ -183,7 +183,9 @@ BACKWARD_VARIANTS = {
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
         "late": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
-        "spare": replace(_64, one_pass=replace(_64.one_pass, spare=True)),
+        "spare": replace(
+            _64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, staged=True, spare=True, **_REDUCER)
+        ),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
@@ -198,7 +200,7 @@ BACKWARD_VARIANTS = {
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
         "overlap_named": replace(_128, one_pass=KeysConfig(64, 2, True, True, prompt=True, hide=True, named=True, staged=True)),
-        "spare": replace(_128, one_pass=replace(_128.one_pass, spare=True)),
+        "spare": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, staged=True, spare=True)),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),
