@@ -317,6 +317,9 @@ MUTANTS = {
     "long values are compared by their beginning": Mutant(
         "parallel/agreement.py", "{blake2b(text.encode(), digest_size=8).hexdigest()}", "unknown",
         "parallel/test_agreement.py::test_long_values_are_shortened_and_still_told_apart"),
+    "what a rank refuses it keeps to itself": Mutant(
+        "parallel/agreement.py", "        wire.post(journal.rounds, json.dumps(said))\n\n\n@lru_cache", "\n\n@lru_cache",
+        "parallel/test_agreement.py::test_what_one_rank_refuses_is_raised_on_every_rank_and_they_can_go_on_together[bad_call-attention-*-first]"),
     # eager kernel
     "lse is in base 2": Mutant(
         "kernels/eager.py", "lse = (top + torch.log(total))", "lse = (top + torch.log2(total))", HEADS),
@@ -444,6 +447,12 @@ MUTANTS = {
     "a checkpoint is written where it is read": Mutant(
         "train/checkpoint.py", 'self.tmp = root / f".tmp-{self.final.name}"', "self.tmp = self.final",
         "train/test_checkpoint.py::test_a_kill_at_any_fsync_or_rename_leaves_a_whole_checkpoint"),
+    "a job that is started again resumes whatever run is there": Mutant(
+        "train/folder.py", ' and file.read_text(errors="replace") == self.job', "",
+        "train/test_folder.py::test_a_job_that_is_started_again_goes_on_with_its_own_run_only"),
+    "a run that was moved aside takes the lock along": Mutant(
+        "train/folder.py", "            self._lock = self._locked()\n            if older:", "            if older:",
+        "train/test_folder.py::test_the_lock_is_that_of_the_new_folder_after_an_older_run_was_moved_aside"),
     "an old checkpoint is deleted where it is read": Mutant(
         "train/checkpoint.py", "old.rename(hidden)\n", "hidden = old\n",
         "train/test_checkpoint.py::test_a_kill_while_an_old_one_is_deleted_leaves_whole_checkpoints_only"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -74,6 +75,14 @@ def launched() -> bool:
 def restarted() -> bool:
     """True if torchrun has started the ranks of this host before."""
     return detect(os.environ).restarts > 0
+
+
+def job() -> str:
+    """A name that this job keeps when torchrun starts its ranks again, and that no other job has."""
+    name = detect(os.environ).job
+    if name == "torchrun/none":  # torchrun's default, the same for every job; but then the agent that started rank 0 stays
+        name += f"/{socket.gethostname()}/{os.getppid()}"
+    return name
 
 
 def init(

@@ -67,11 +67,13 @@ def train(  # a command's parameters are its options: as many as there are
 def start(config: TrainConfig, nproc: int | None) -> int:
     """Runs the job in this process if a launcher started it or one rank is enough, else on `nproc` new ranks of this host."""
     from distflash.launch.run import launch, threads
-    from distflash.launch.world import launched, restarted
+    from distflash.launch.world import job, launched, restarted
 
-    if not launched() and (ranks := nproc or _default_ranks()) > 1:
+    if not launched():
+        ranks = nproc or _default_ranks()
         _check_early(config, ranks)
-        return launch(["-m", "distflash"], ["train", *arguments(config)], ranks)
+        if ranks > 1:
+            return launch(["-m", "distflash"], ["train", *arguments(config)], ranks)
 
     import torch
 
@@ -81,7 +83,7 @@ def start(config: TrainConfig, nproc: int | None) -> int:
     world = distflash.init()
     if world.device.type == "cpu" and world.size > 1:
         torch.set_num_threads(threads(world.local_size))
-    return run(dataclasses.replace(config, resume=config.resume or restarted()), world)
+    return run(config, world, job=job(), restarted=restarted())
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -108,9 +110,11 @@ def _check_early(config: TrainConfig, ranks: int) -> None:
     """What any rank would refuse is refused once, before ranks are started."""
     from pathlib import Path
 
+    from distflash.train import folder
     from distflash.train.model import model_config
 
     try:
+        folder.check(config.out, config.resume)
         model_config(config.model)
         config.cp_size(ranks)
     except ValueError as error:

@@ -26,6 +26,7 @@ from distflash.train import checkpoint as ckpt
 from distflash.train.compare import Comparison
 from distflash.train.config import TrainConfig
 from distflash.train.data import IGNORE, Batch, Windows, load_corpus
+from distflash.train.folder import RunFolder
 from distflash.train.model import attention_flops, model_config
 from distflash.train.optimize import (
     MOMENTS,
@@ -254,26 +255,41 @@ def require_same(digest: str, group: dist.ProcessGroup | None, device: torch.dev
         raise ValueError(f"ranks have read different data (SHA-256 {digest[:12]} here): give every host the same files for --data")
 
 
-def run(config: TrainConfig, world: WorldLike) -> int:
+def run(config: TrainConfig, world: WorldLike, *, job: str = "", restarted: bool = False) -> int:
     """The whole job on this rank; the exit code: 0, or 1 if P ranks and one process differ too much.
 
-    All ranks resume if one is told to: a host that joins a job does not know that the others were started again.
+    job: its name, which it keeps when it is started again. restarted: on this host it was; then it goes on with the run that --out
+    holds if that is its own. All ranks resume if one is told to: a host that joins a job does not know that the others were started again.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    everyone = dist.group.WORLD if dist.is_initialized() else None
-    config = dataclasses.replace(config, resume=global_sums([int(config.resume)], everyone, world.device)[0] > 0)
-    report = Report(config, world.is_main)
-    trainer = Trainer(config, world, report.say)
-    resumed = config.resume and trainer.restore(Path(config.out))
+    folder = RunFolder(config.out, job)
     try:
-        report.start(trainer.step_done, resumed, describe(trainer))
-        compared = 0 if resumed else config.steps_to_compare(world.size, world.device.type)
-        code = train_steps(trainer, report, Comparison(trainer, compared) if compared else None)
-        if code == 0:
-            report.finish(trainer.validation_loss() if config.validate else None, generate(trainer) if config.sample else None)
-        return code
+        config = dataclasses.replace(config, resume=claim(folder, config.resume, restarted, world))
+        report = Report(config, world.is_main)
+        trainer = Trainer(config, world, report.say)
+        resumed = config.resume and trainer.restore(Path(config.out))
+        try:
+            report.start(trainer.step_done, resumed, folder, describe(trainer))
+            compared = 0 if resumed else config.steps_to_compare(world.size, world.device.type)
+            code = train_steps(trainer, report, Comparison(trainer, compared) if compared else None)
+            if code == 0:
+                report.finish(trainer.validation_loss() if config.validate else None, generate(trainer) if config.sample else None)
+            return code
+        finally:
+            report.close()
     finally:
-        report.close()
+        folder.release()
+
+
+def claim(folder: RunFolder, resume: bool, restarted: bool, world: WorldLike) -> bool:
+    """The main rank locks the folder; returns whether the run in it is to go on, the same on every rank."""
+    everyone = dist.group.WORLD if dist.is_initialized() else None
+    told, again = global_sums([int(resume), int(restarted)], everyone, world.device)
+    goes_on = told > 0
+    if world.is_main:
+        goes_on = goes_on or (again > 0 and folder.is_ours())
+        folder.claim(goes_on)
+    return global_sums([int(goes_on and world.is_main)], everyone, world.device)[0] > 0
 
 
 def train_steps(trainer: Trainer, report: Report, comparison: Comparison | None) -> int:

@@ -18,6 +18,7 @@ import torch
 import distflash
 from distflash.train.config import TrainConfig
 from distflash.train.data import BOS
+from distflash.train.folder import RunFolder
 
 if TYPE_CHECKING:
     from distflash.train.compare import Difference
@@ -47,15 +48,15 @@ class Report:
             else:
                 print(text, flush=True)
 
-    def start(self, step: int, resumed: bool, description: str) -> None:
+    def start(self, step: int, resumed: bool, folder: RunFolder, description: str) -> None:
         """Opens the metrics file: an older run in the same folder is moved aside, a resumed one is continued after `step`."""
         if not self.is_main:
             return
         if self.config.resume:
             self.say(f"resuming after step {step}" if resumed else f"no checkpoint in {self.folder}: starting from step 0")
-        else:
-            self._move_aside()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if aside := folder.begin(resumed):
+            cure = "" if self.config.resume else " (--resume would have continued it)"
+            self.say(f"{self.folder} held an older run: it is now {aside}{cure}")
         self.say(description)
         path = self.folder / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
@@ -64,13 +65,6 @@ class Report:
         part.replace(path)
         self.metrics = path.open("a", buffering=1)
         self._start_progress(step)
-
-    def _move_aside(self) -> None:
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        aside = next(p for n in range(1, 100_000) if not (p := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
-        self.folder.rename(aside)
-        self.say(f"{self.folder} held an older run: it is now {aside} (--resume would have continued it)")
 
     def _start_progress(self, step: int) -> None:
         from rich.console import Console

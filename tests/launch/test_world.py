@@ -171,3 +171,14 @@ def test_the_example_runs_as_one_process(tmp_path):
     done = start([sys.executable, str(ROOT / "examples" / "hello.py")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("rank 0 of 1 on ")
+
+
+def test_a_job_keeps_its_name_over_restarts_and_shares_it_with_no_other(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    assert world.job() == "torchrun/abc"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: every job's
+    ours = world.job()
+    monkeypatch.setattr(world.os, "getppid", lambda: 1)
+    assert ours.startswith("torchrun/none/") and ours != world.job()
