@@ -18,7 +18,7 @@ from benchmarks.record import RESULTS
 from distflash.cost.devices import find, network
 from distflash.cost.even import even
 from distflash.cost.models import MODELS
-from distflash.cost.simulate import simulate
+from distflash.cost.simulate import simulate, standing
 from distflash.cost.time import Cluster, Rank
 from distflash.cost.traffic import PASSES, Scheme, Share
 from distflash.parallel.mask import Mask
@@ -29,15 +29,6 @@ SHARES = (8 << 10, 32 << 10)  # tokens a GPU, weak scaling
 SCHEMES = {"ring": ("ring", 1), "double ring": ("double_ring", 1), "ulysses 8 x ring": ("ring", 8)}
 
 
-def simulated(scheme: Scheme) -> list[int]:
-    """The ranks of a ring that stand for all: those of the first two hosts and of the last two, which exchange as all others do.
-
-    Early ranks work longest backward and late ones forward, for it is they that see few keys with many queries and many with few.
-    """
-    ring, some = scheme.ring, 2 * min(scheme.ring, scheme.ring_per_node)
-    return list(range(ring)) if ring <= 2 * some else [*range(some), *range(ring - some, ring)]
-
-
 def point(name: str, gpus: int, tokens: int, model: str, device: str, per_node: int, nic: float) -> dict[str, Any]:
     """One simulated run: seconds of both passes, and the share of the kernels' time in it."""
     order, ulysses = SCHEMES[name]
@@ -45,7 +36,7 @@ def point(name: str, gpus: int, tokens: int, model: str, device: str, per_node: 
     scheme = Scheme("zigzag", order, ulysses, gpus, cluster.per_node)
     mask = Mask(None, 0, (0, tokens))
     spans = scheme.spans((0, tokens), mask)
-    ranks = [Rank(Share(scheme, spans, shape, n * ulysses, even(scheme, spans, mask, n)), cluster) for n in simulated(scheme)]
+    ranks = [Rank(Share(scheme, spans, shape, n * ulysses, even(scheme, spans, mask, n)), cluster) for n in standing(scheme)]
     made = {pass_: simulate(ranks, pass_) for pass_ in PASSES}
     seconds = sum(found.seconds for found in made.values())
     busy = sum(found.seconds * found.efficiency for found in made.values())

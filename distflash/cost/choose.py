@@ -22,7 +22,7 @@ from distflash.parallel.staging import copies, room
 
 WIRES = ("p2p", "symmetric")
 _ALL = 16  # ranks of the largest ring all of which are looked at
-_HOSTS = 8  # of a larger one, whose first and last ranks are
+_HOSTS = 8  # of a larger one, whose first, middle and last ranks are
 _PLANNED = 64  # ranks of the largest ring whose plans are made as `SequenceParallel` makes them
 _WORTH = 0.02  # how much shorter a step must be for the reason to name what was saved
 
@@ -75,8 +75,7 @@ def judge(
     scheme: Scheme, wire: str, cu: tuple[int, ...], mask: AnyMask, shape: Shape, cluster: Cluster, asked: Collection[str] = ()
 ) -> Candidate:
     """One scheme's cost: of each pass, the slowest of `worst_ranks`, of their heads the most. `asked`: what of it was asked for by name."""
-    cluster = replace(cluster, wire=wire)
-    if refused := scheme.refusal(shape) or cluster.refusal() or _idle(scheme, asked):
+    if refused := scheme.refusal(shape) or replace(cluster, wire=wire).refusal() or _idle(scheme, asked):
         return Candidate(scheme, wire, {}, 0, refused)
     spans, head = scheme.spans(cu, mask), scheme.fullest_head_rank(shape)
     ranks = [rank * scheme.ulysses + head for rank in worst_ranks(scheme, spans, mask)]
@@ -89,11 +88,11 @@ def judge(
 
 
 def worst_ranks(scheme: Scheme, spans: Layout, mask: AnyMask) -> list[int]:
-    """The ranks of a ring of which one is the slowest: all of a small one; else the borders of hosts, and who keeps the most pairs.
+    """The ranks of a ring of which one is the slowest: all of a small one; else three of a host, and who keeps the most pairs.
 
-    Where a mask keeps neighbours only, what crosses the network does so between the last rank of a host and the first of the next; but
-    "balanced" puts chunks anywhere, and any rank may need the most. Of many hosts some are looked at, spread evenly. Where every rank
-    needs every block, as in the rings that have a closed form, all hosts exchange alike, and two are enough.
+    Where a mask keeps neighbours only, what crosses the network does so between the last rank of a host and the first of the next, and
+    those between them hold the most; but "balanced" puts chunks anywhere, and any rank may need the most. Of many hosts some are looked
+    at, spread evenly. Where every rank needs every block, as in the rings that have a closed form, all hosts exchange alike: two do.
     """
     ring, node = scheme.ring, min(scheme.ring, scheme.ring_per_node)
     alike = ring > _PLANNED or (ring > _ALL and all(held == (1 << ring) - 1 for held in needs(spans, mask)))
@@ -102,7 +101,7 @@ def worst_ranks(scheme: Scheme, spans: Layout, mask: AnyMask) -> list[int]:
     hosts, most = -(-ring // node), 2 if alike else _HOSTS
     some = {n * (hosts - 1) // (min(hosts, most) - 1) for n in range(min(hosts, most))} if hosts > 1 else {0}
     work = [sum(kept(run) for run in cut(held, mask.pieces) if run.span.step == 1) for held in spans]  # stripes all keep as many
-    borders = {min(rank, ring - 1) for host in some for rank in (host * node, host * node + node - 1)}
+    borders = {min(rank, ring - 1) for host in some for rank in (host * node, host * node + node // 2, host * node + node - 1)}
     return sorted(borders | {max(range(ring), key=work.__getitem__)})
 
 
@@ -110,12 +109,17 @@ def looked_at(
     scheme: Scheme, wire: str, spans: Layout, mask: AnyMask, shape: Shape, cluster: Cluster, rank: int
 ) -> tuple[dict[str, Pass], int]:
     """(time by pass, bytes above the inputs at the peak) of one rank. Raises NoClosedForm."""
+    one, reach = rank_of(scheme, spans, mask, shape, replace(cluster, wire=wire), rank), wire == "symmetric"
+    return one.passes(), _memory(one.share, lengths(spans), one.plans if isinstance(one, Copying) else None, reach)
+
+
+def rank_of(scheme: Scheme, spans: Layout, mask: AnyMask, shape: Shape, cluster: Cluster, rank: int) -> Rank:
+    """One of all ranks with its plan, as it is carried out over the wire of the cluster. Raises NoClosedForm."""
     ring_rank = rank // scheme.ulysses
     visits = even(scheme, spans, mask, ring_rank) if scheme.ring > _PLANNED else scheme.visits(spans, mask, ring_rank)
     share = Share(scheme, spans, shape, rank, visits)
-    plans = _copies(share, lengths(spans), visits) if wire == "symmetric" else None
-    one = Rank(share, cluster) if plans is None else Copying(share, cluster, plans)
-    return one.passes(), _memory(share, lengths(spans), plans, wire == "symmetric")
+    plans = _copies(share, lengths(spans), visits) if cluster.wire == "symmetric" else None
+    return Rank(share, cluster) if plans is None else Copying(share, cluster, plans)
 
 
 def _copies(share: Share, tokens: Sequence[int], visits: tuple[Visit, ...]) -> Copies | None:

@@ -20,29 +20,42 @@ class Copying(Rank):
 
     def __init__(self, share: Share, cluster: Cluster, copies: Copies):
         super().__init__(share, cluster)
+        self.plans, self.own = copies, share.steps[0].visit
         self.copies: dict[str, Sequence[Visit]] = dict(zip(PASSES, copies, strict=True))
-        self.own = share.steps[0].visit
 
     def one(self, pass_: str) -> Pass:
+        return self.schedule(pass_)[0]
+
+    def schedule(self, pass_: str) -> tuple[Pass, list[tuple[str, float, float]]]:
+        """A pass, and what is done when: ("compute" or "send", start, end) of each kernel and of each copy."""
         s, device, link, backward = self.shape, self.cluster.device, self.cluster.device.wires[self.cluster.wire], pass_ == "backward"
         worked, pulled, pushed = self.worked(pass_), self.pulled(pass_), 0
         last = max((n for n, step in enumerate(worked) if step.pairs), default=0)
         clock, free, compute, arrival, rounds = 2 * s.message(self.own.tiles.q_len, s.itemsize) / device.hbm, 0.0, 0.0, {}, 1  # published
+        events: list[tuple[str, float, float]] = []
+
+        def copied(nbytes: int) -> float:
+            start = max(clock, free)
+            events.append(("send", start, start + link.seconds(nbytes)))
+            return events[-1][2]
+
         for n, step in enumerate(worked):
             for hop in self.copies[pass_][n].hops:
-                free, rounds = max(clock, free) + link.seconds(pulled[hop.step]), rounds + 1
+                free, rounds = copied(pulled[hop.step]), rounds + 1
                 arrival[hop.step] = free
             clock = max(clock, arrival.get(step.visit.step, 0.0)) if self.others(step.visit) else clock
             work = compute_seconds(step, s, device, pass_, n == 0, n == last)
-            compute, clock = compute + work, clock + work + link.drag * min(max(0.0, free - clock), work)
+            start, clock = clock, clock + work + link.drag * min(max(0.0, free - clock), work)
+            compute += work
+            events += [("compute", start, clock)] if work else []
             if backward and self.others(step.visit) and step.pairs:
                 nbytes = s.message(step.visit.tiles.kv_len, s.wide)
-                free, pushed, rounds = max(clock, free) + link.seconds(nbytes), pushed + nbytes, rounds + 1
+                free, pushed, rounds = copied(nbytes), pushed + nbytes, rounds + 1
         total = max(clock, free)
         if backward:  # our parts and those of the others, about as large as what we sent them, are read, their sum is written
             total += (s.message(self.own.tiles.q_len, s.wide + s.itemsize) + pushed) / device.hbm
         total = max(total, rounds * link.host) + self.swapped_seconds(pass_)
-        return Pass(total, compute, total - compute, self.tiers(pass_))
+        return Pass(total, compute, total - compute, self.tiers(pass_)), events
 
     def worked(self, pass_: str) -> list[Step]:
         """The visits and their sizes; what travels beside them is not in it."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 
+from distflash.cost.copied import Copying
 from distflash.cost.devices import Link
 from distflash.cost.time import Rank, added_seconds, compute_seconds
-from distflash.cost.traffic import Message
+from distflash.cost.traffic import Message, Scheme
 
 Turn = tuple[str, int]  # "kv" or "gradient", and the step for which it comes: the same on both sides
 
@@ -43,7 +44,29 @@ def simulate(ranks: Sequence[Rank], pass_: str, per_nic: int = 1) -> Timeline:
 
     Raises ValueError if messages that ranks wait for are never sent.
     """
+    if ranks and all(isinstance(rank, Copying) for rank in ranks):
+        return _copied([rank for rank in ranks if isinstance(rank, Copying)], pass_)
     return _Simulation(ranks, pass_, per_nic).run()
+
+
+def _copied(ranks: Sequence[Copying], pass_: str) -> Timeline:
+    """Where blocks are copied no rank waits for another: each by itself, its all-to-alls before and after."""
+    found = Timeline()
+    for n, rank in enumerate(ranks):
+        (whole, events), swap = rank.schedule(pass_), rank.swapped_seconds(pass_) / 2
+        found.seconds, found.busy[n] = max(found.seconds, whole.seconds), whole.compute
+        found.events += [(n, kind, start + swap, end + swap) for kind, start, end in events]
+        found.events += [(n, "all-to-all", at, at + swap) for at in (0.0, whole.seconds - swap) if swap]
+    return found
+
+
+def standing(scheme: Scheme) -> list[int]:
+    """The ranks of a ring that stand for all where hosts do alike: those of the first two hosts and of the last two.
+
+    Early ranks work longest backward and late ones forward, for it is they that see few keys with many queries and many with few.
+    """
+    ring, some = scheme.ring, 2 * min(scheme.ring, scheme.ring_per_node)
+    return list(range(ring)) if ring <= 2 * some else [*range(some), *range(ring - some, ring)]
 
 
 @dataclass(eq=False)

@@ -136,13 +136,13 @@ def test_the_ranks_that_are_looked_at_are_few_and_hold_every_border_of_a_host():
     for ranks, per_node, ulysses in ((8, 8, 1), (64, 8, 1), (64, 8, 4), (64, 1, 1), (256, 8, 1), (48, 6, 4), (96, 8, 2)):
         scheme, mask = Scheme("contiguous", "ring", ulysses, ranks, per_node), Mask(None, 0, cu)
         found = worst_ranks(scheme, scheme.spans(cu, mask), mask)
-        assert found == sorted(set(found)) and found[-1] == scheme.ring - 1 and len(found) <= 17
+        assert found == sorted(set(found)) and found[-1] == scheme.ring - 1 and len(found) <= 25
         assert scheme.ring > 16 or found == list(range(scheme.ring))
     scheme = Scheme("contiguous", "ring", 1, 64, 8)
     window = Mask(100, 0, cu)
-    assert worst_ranks(scheme, scheme.spans(cu, window), window) == sorted({1, *range(0, 64, 8), *range(7, 64, 8)}), "1 keeps the most"
+    assert worst_ranks(scheme, scheme.spans(cu, window), window) == sorted({1, *range(0, 64, 4), *range(7, 64, 8)}), "1 keeps the most"
     alike = Scheme("zigzag", "ring", 1, 64, 8)
-    assert worst_ranks(alike, alike.spans(cu, mask), mask) == [0, 7, 56, 63]
+    assert worst_ranks(alike, alike.spans(cu, mask), mask) == [0, 4, 7, 56, 60, 63]
     # the busiest rank need not be a border
     near = (*range(0, 1 << 15, 64), (1 << 15) + 3 * 1024, *range((1 << 15) + 3 * 1024 + 64, (1 << 16) + 1, 64))
     assert 34 in worst_ranks(scheme, scheme.spans(near, Mask(None, 0, near)), Mask(None, 0, near))

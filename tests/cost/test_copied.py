@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 
 import pytest
 
 from distflash.cost.copied import Copying
 from distflash.cost.devices import DEVICES, Device, Link, Rate, network
+from distflash.cost.simulate import simulate
 from distflash.cost.time import Cluster, Rank
 from distflash.cost.traffic import PASSES, Scheme, Shape
 from distflash.parallel import staging
@@ -93,3 +95,20 @@ def test_it_is_what_two_gpus_took():
     assert len(errors["forward"]) == 16
     for name, worst, middle in (("forward", 0.10, 0.05), ("both", 0.10, 0.03)):
         assert max(errors[name]) < worst and median(errors[name]) < middle, (name, errors[name])
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_the_simulation_of_ranks_that_copy_is_what_each_of_them_takes(ulysses):
+    """Nobody waits for another, so the slowest one's closed form is the pass; and no copy or kernel of a rank is beside another one."""
+    ranks = [copying(DEVICES["h200"], 4, 2048, 0, ulysses=ulysses, rank=rank) for rank in range(0, 4, ulysses)]
+    for pass_ in PASSES:
+        found = simulate(ranks, pass_)
+        assert found.seconds == max(rank.one(pass_).seconds for rank in ranks)
+        assert found.busy == {n: rank.one(pass_).compute for n, rank in enumerate(ranks)}
+        for n, rank in enumerate(ranks):
+            sent = [end - start for who, kind, start, end in found.events if (who, kind) == (n, "send")]
+            others = [v for v in rank.copies[pass_] if rank.others(v)]
+            assert len(sent) == len(others) * (2 if pass_ == "backward" else 1)
+            for of in ("send", "compute"):
+                events = sorted((start, end) for who, kind, start, end in found.events if (who, kind) == (n, of))
+                assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(events)) and events[-1][1] <= found.seconds

@@ -9,7 +9,7 @@ import pytest
 
 from distflash.cost.devices import DEVICES, Link, network
 from distflash.cost.even import NoClosedForm, even
-from distflash.cost.simulate import simulate
+from distflash.cost.simulate import simulate, standing
 from distflash.cost.time import Cluster, Rank
 from distflash.cost.traffic import PASSES, Message, Scheme, Shape, Share
 from distflash.parallel.layout import LAYOUTS
@@ -110,14 +110,12 @@ def test_the_closed_form_of_a_plan_is_the_plan(order, layout, mask):
 @pytest.mark.parametrize("layout, mask", [("zigzag", (None, 0)), ("contiguous", (None, None)), ("striped", (None, 0))])
 def test_the_first_and_the_last_hosts_stand_for_all(order, ulysses, layout, mask):
     """The first alone would not: the last rank of a zigzag has the most rows to begin, forward."""
-    from benchmarks.scaling import simulated  # a mutant has no benchmarks
-
     scheme = Scheme(layout, order, ulysses, 32 * ulysses, 4)
     for nic in (100, 400):
         whole = ranks_of(
             scheme, Cluster(DEVICES["h200"], scheme.ranks, 4, network(nic)), 2048, mask, shape=Shape(32, 8, 128, 128), closed=True
         )
-        some = [whole[n] for n in simulated(scheme)]
+        some = [whole[n] for n in standing(scheme)]
         assert len(some) == (16 if ulysses == 1 else 4)
         for pass_ in PASSES:
             assert simulate(some, pass_).seconds == pytest.approx(simulate(whole, pass_).seconds, rel=1e-6)
