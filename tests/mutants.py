@@ -317,9 +317,9 @@ MUTANTS = {
     "long values are compared by their beginning": Mutant(
         "parallel/agreement.py", "{blake2b(text.encode(), digest_size=8).hexdigest()}", "unknown",
         "parallel/test_agreement.py::test_long_values_are_shortened_and_still_told_apart"),
-    "what a rank refuses it keeps to itself": Mutant(
-        "parallel/agreement.py", "        wire.post(journal.rounds, json.dumps(said))\n\n\n@lru_cache", "\n\n@lru_cache",
-        "parallel/test_agreement.py::test_what_one_rank_refuses_is_raised_on_every_rank_and_they_can_go_on_together[bad_call-attention-*-first]"),
+    "what a rank refuses is not told": Mutant(
+        "parallel/agreement.py", "if _REFUSED in said]", "if _REFUSED in notes]",
+        "parallel/test_agreement.py::test_what_one_rank_refuses_is_raised_on_every_rank_and_they_can_go_on_together[attention-first]"),
     # eager kernel
     "lse is in base 2": Mutant(
         "kernels/eager.py", "lse = (top + torch.log(total))", "lse = (top + torch.log2(total))", HEADS),
@@ -421,6 +421,16 @@ MUTANTS = {
     "the lse of an all-to-all is forgotten": Mutant(
         "cost/traffic.py", "narrow = [(self.heads, s.v_head_dim * e), (self.heads, s.wide)]", "narrow = [(self.heads, s.v_head_dim * e)]",
         CLOSED_FORMS),
+    # Transformers
+    "queries are dropped where an encoder's keys are padding": Mutant(
+        "integrations/transformers_masks.py", "(self.causal is False or self.queries == 1)", "False",
+        "integrations/test_transformers.py::test_decoders_attend_to_a_padded_encoder_of_any_length[Bart-10]"),
+    "a single query is dropped where its encoder's last key is padding": Mutant(
+        "integrations/transformers_masks.py", "(self.causal is False or self.queries == 1)", "self.causal is False",
+        "integrations/test_transformers.py::test_a_single_query_sees_an_encoder_whose_last_key_is_padding"),
+    "a mask without two tokens of a document is called causal": Mutant(
+        "integrations/transformers_masks.py", "if later.any() else None", "if True else None",
+        "integrations/test_transformers.py::test_a_mask_without_two_tokens_of_a_document_is_of_either_direction"),
     # drop-ins
     "the longest documents of queries and keys change places": Mutant(
         "integrations/flash_attn.py", "index(max_seqlen_q), index(max_seqlen_k), q.shape[0]",

@@ -102,14 +102,14 @@ def _attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))  # RoPE may have widened q and k
-    seen = _visible(module, attention_mask, is_causal, sliding_window, query, key)
+    seen, causal = _visible(module, attention_mask, is_causal, sliding_window, query, key)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, S, H, D]
     call = partial(
-        attention, causal=seen.window_size[1] == 0, window_size=seen.window_size, softmax_scale=scaling, softcap=softcap or 0.0,
-        sinks=s_aux, dropout_p=dropout, deterministic=enabled.deterministic or deterministic, kernel=enabled.kernel,
+        attention, causal=causal is not False, window_size=seen.window_size(causal is not False), softmax_scale=scaling,
+        softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout, deterministic=enabled.deterministic or deterministic, kernel=enabled.kernel,
     )  # fmt: skip
     if enabled.sharded:
-        _check_sharded(sharded_sequence, seen, cu_seq_lens_q, others)
+        _check_sharded(sharded_sequence, causal, cu_seq_lens_q, others)
         seen.check_positions(position_ids, sharded=True)
         return _out(call(q, k, v, sharded_sequence)), None
     if sharded_sequence is not None:
@@ -138,34 +138,43 @@ def _given(cu_seq_lens_q: Tensor | None) -> Tensor:
 
 def _visible(
     module: nn.Module, mask: Visible | Tensor | None, is_causal: bool | None, window: int | None, query: Tensor, key: Tensor
-) -> Visible:
-    """What the tokens see. Raises ValueError where the arguments contradict the mask."""
+) -> tuple[Visible, bool | None]:
+    """What the tokens see, and whether that is none after them, None where it makes no difference to them and nobody says.
+
+    Raises ValueError where the arguments contradict the mask.
+    """
     if isinstance(mask, Tensor):
         raise ValueError(
             f"a mask of one's own, here {tuple(mask.shape)} {mask.dtype}, is not computed: give documents as position_ids that start "
             "anew and padding as attention_mask (batch, tokens), or use attn_implementation='sdpa'"
         )
+    said = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if mask is None:
-        causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-        if causal is None or (window is not None and not causal):
+        if said is None or (window is not None and not said):
             raise ValueError(f"{type(module).__name__} has neither a mask nor is_causal, or a window without either: what may it see?")
-        return unread(causal, window, query.shape[2], key.shape[2], rows=len(key))
-    left, right = mask.window_size
-    if is_causal is not None and is_causal != (right == 0):
-        raise ValueError(f"is_causal={is_causal} contradicts the model's mask, which is {'causal' if right == 0 else 'bidirectional'}")
-    if window is not None and right == 0 and left != window - 1 and not (left == -1 and window >= key.shape[2]):
-        raise ValueError(f"sliding_window={window} contradicts the model's mask, whose window is {left + 1 or 'unlimited'}")
-    return mask
+        return unread(said, window, query.shape[2], key.shape[2], rows=len(key)), said
+    if mask.lengths != (query.shape[2], key.shape[2]):
+        raise ValueError(
+            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the model's mask is of "
+            f"{mask.lengths[0]} and {mask.lengths[1]}: use attn_implementation='sdpa'"
+        )
+    causal = said if mask.causal is None else mask.causal
+    if is_causal is not None and is_causal != causal:
+        raise ValueError(f"is_causal={is_causal} contradicts the model's mask, which is {'causal' if causal else 'bidirectional'}")
+    if window is not None and causal and mask.local_size != window and not (mask.local_size is None and window >= key.shape[2]):
+        raise ValueError(f"sliding_window={window} contradicts the model's mask, whose window is {mask.local_size or 'unlimited'}")
+    return mask, causal
 
 
-def _check_sharded(seq: ShardedSequence | None, seen: Visible, cu_seq_lens_q: Tensor | None, others: Mapping[str, object]) -> None:
+def _check_sharded(seq: ShardedSequence | None, causal: bool | None, cu_seq_lens_q: Tensor | None, others: Mapping[str, object]) -> None:
     if seq is None:
         raise ValueError(
             "the model was enabled across ranks, and this batch is not sharded, or the model does not hand its arguments to attention: "
             "call it with shard(batch, sp), or enable(model) for whole sequences"
         )
-    if seen.window_size[1] != 0:
-        raise ValueError("across ranks only causal models are computed, and this mask is bidirectional")
+    if not causal:
+        which = "is bidirectional" if causal is False else "has no two tokens of a document here, nor has its layer is_causal"
+        raise ValueError(f"across ranks only causal models are computed, and this mask {which}")
     if cu_seq_lens_q is not None:
         raise ValueError("cu_seq_lens_q beside sharded_sequence: leave it out, shard() has read it")
     if others.get("output_router_logits"):

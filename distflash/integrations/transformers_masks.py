@@ -5,7 +5,8 @@ Legend: B rows of the batch, Q queries a row, K keys a row (the last Q of them a
 Transformers hands a mask function mask(row, head, query, key) -> bool to whoever registered under the attention's name: causal,
 windowed, chunked or bidirectional, packed documents included, padding beside it. Nothing here looks inside it. The token before
 says where documents begin, `local_size` how wide the window is, and the ends of every query's keys are asked whether that is so:
-what is no window inside documents is refused, never dropped.
+what is no window inside documents is refused, never dropped. Masks that hide nothing but padding are read first: their keys may
+be those of an encoder.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from distflash.ragged import Ragged
 class Visible:
     """Which keys each query sees: a window inside documents."""
 
-    window_size: tuple[int, int]  # as in distflash.attention
+    causal: bool | None  # None: no query has a later key in its document, so that both are the same
+    local_size: int | None  # keys that a query sees: itself and those before if causal, else so many on either side; None: all
     joined: Tensor  # bool [B, K] on the CPU: this token and the one before it are of one document
-    valid: Tensor | None  # bool [B, K] on the CPU, False is padding; None: no padding
+    valid: Tensor | None  # bool [B, K], False is padding; None: no padding
     queries: int
-    k_rows: Ragged | None = None  # of valid
     _checked: list[Tensor] = field(default_factory=list, repr=False)
     _packed: dict[int, Packed | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Queries and keys of a row."""
+        return self.queries, self.joined.shape[1]
+
+    def window_size(self, causal: bool) -> tuple[int, int]:
+        """As in `distflash.attention`."""
+        left = -1 if self.local_size is None else self.local_size - causal  # itself counts if causal
+        return left, 0 if causal else left
 
     def check_positions(self, position_ids: Tensor | None, sharded: bool) -> None:
         """Raise ValueError where positions say other documents than the mask.
@@ -44,7 +55,7 @@ class Visible:
             return
         follows = position_ids.detach().diff(dim=1).cpu() == 1
         joined = self.joined[:, 1:]
-        both = torch.ones_like(joined) if self.valid is None else self.valid[:, 1:] & self.valid[:, :-1]
+        both = torch.ones_like(joined) if self.valid is None else (self.valid[:, 1:] & self.valid[:, :-1]).cpu()
         wrong = both & (~joined & follows if sharded else joined & ~follows)
         if wrong.any():
             row, token = wrong.nonzero()[0].tolist()
@@ -67,14 +78,16 @@ class Visible:
         return self._packed[key]
 
     def _pack(self, cu_seqlens: Tensor | None) -> Packed | None:
-        whole = self.valid is None and bool(self.joined[:, 1:].all())
-        if whole and cu_seqlens is None:
-            return None
         rows, keys = self.joined.shape
-        q_rows = None if self.valid is None else Ragged(self.valid[:, keys - self.queries :])
-        is_query = torch.arange(keys) >= keys - self.queries
+        if self.valid is None and cu_seqlens is None and bool(self.joined[:, 1:].all()):
+            return None
         valid = torch.ones(rows, keys, dtype=torch.bool) if self.valid is None else self.valid
-        begins = ~self.joined[valid]  # [T]
+        of_keys, here = Ragged(valid), valid.cpu()
+        begins = ~self.joined[here]  # [T]
+        one_a_row = cu_seqlens is None and int(begins.sum()) == int(here.any(1).sum())
+        if one_a_row and self.local_size is None and (self.causal is False or self.queries == 1):
+            # each query sees all keys of its row, which may be an encoder's: their padding says nothing about queries
+            return Packed(torch.arange(rows + 1, dtype=torch.int32) * self.queries, of_keys.cu_seqlens, None, of_keys)
         if cu_seqlens is not None:
             cu = borders(cu_seqlens)
             if cu[-1] != len(begins) or self.queries != keys:
@@ -84,26 +97,25 @@ class Visible:
                 )
             begins[[c for c in cu if c < cu[-1]]] = True
         documents = begins.cumsum(0) - 1  # [T]
-        mine = documents[is_query.expand(rows, -1)[valid]]
+        is_query = torch.arange(keys) >= keys - self.queries
+        mine = documents[is_query.expand(rows, -1)[here]]
         counts = [x.bincount(minlength=int(documents[-1]) + 1).cumsum(0).tolist() for x in (mine, documents)]
         cu_q, cu_k = (torch.tensor([0, *count], dtype=torch.int32) for count in counts)
-        return Packed(cu_q, cu_k, q_rows, self.k_rows)
+        return Packed(cu_q, cu_k, Ragged(valid[:, keys - self.queries :]), of_keys)
 
 
 @dataclass(eq=False)
 class Packed:
-    """Documents of queries and keys, and where they are in the padded batch (None: nothing is padding)."""
+    """Documents of queries and keys, and where these are in the padded batch."""
 
     cu_q: Tensor
     cu_k: Tensor
-    q_rows: Ragged | None
-    k_rows: Ragged | None
+    q_rows: Ragged | None  # None: no query is left out
+    k_rows: Ragged
 
     def pack(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H, D) -> (T, H, D)."""
-        if self.q_rows is None or self.k_rows is None:
-            return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        return self.q_rows.pack(q), self.k_rows.pack(k), self.k_rows.pack(v)
+        return q.flatten(0, 1) if self.q_rows is None else self.q_rows.pack(q), self.k_rows.pack(k), self.k_rows.pack(v)
 
     def pad(self, out: Tensor, rows: int) -> Tensor:
         """(T, H, D) -> (B, Q, H, D), 0 at padding."""
@@ -134,17 +146,23 @@ def read(
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), int(cache_position[0]), cache_position.device
     q_offset = int(q_offset)
-    if q_offset + q_length != kv_offset + kv_length:
-        raise ValueError(
-            f"queries end at token {q_offset + q_length} and keys at {kv_offset + kv_length}: cross-attention and caches of a fixed "
-            "size are not computed; use a dynamic cache, or attn_implementation='sdpa'"
-        )
     if attention_mask is not None:
         if attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (batch, tokens), 0 at padding, got {attention_mask.dim()}-D {attention_mask.dtype}")
         device = attention_mask.device
     row = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
     at = torch.arange(kv_length, device=device)[None]  # [1, K]
+    valid = _valid(attention_mask, kv_offset, kv_length, at.expand(batch_size, -1))
+    padded = None if valid.all() else valid
+    aligned = q_offset + q_length == kv_offset + kv_length  # queries are the last tokens of the keys
+    if local_size is None and _hides_nothing(mask_function, row, torch.arange(q_length, device=device) + q_offset, at[0] + kv_offset):
+        joined = valid & valid.roll(1, 1) & (at > 0)
+        return Visible(None if aligned and q_length == 1 else False, None, joined.cpu(), padded, q_length)
+    if not aligned:
+        raise ValueError(
+            f"queries end at token {q_offset + q_length} and keys at {kv_offset + kv_length}, and the mask hides some of them: caches "
+            "of a fixed size are not computed; use a dynamic cache, or attn_implementation='sdpa'"
+        )
 
     def sees(key: Tensor) -> Tensor:
         """bool [B, K]: the query at each token sees the key [1 or B, K]; both are counted from the first key."""
@@ -152,29 +170,38 @@ def read(
         return torch.as_tensor(kept, device=at.device).bool().expand(batch_size, kv_length)
 
     is_query = at >= kv_length - q_length
-    valid = _valid(attention_mask, kv_offset, kv_length, at.expand(batch_size, -1))
-    whole = bool(valid.all())
-    k_rows = None if whole else Ragged(valid)
     joined = (sees(at - 1) | ~is_query) & (at > 0) & valid & valid.roll(1, 1)
-    causal = not (sees(at + 1) & is_query & joined.roll(-1, 1) & (at < kv_length - 1)).any()
-    wide = kv_length if local_size is None else local_size - 1 if causal else local_size
+    later = is_query & joined.roll(-1, 1) & (at < kv_length - 1)  # the next key is of the same document
+    causal = not (sees(at + 1) & later).any() if later.any() else None
+    wide = kv_length if local_size is None else local_size - (causal is not False)
     first = torch.where(joined, 0, at).cummax(1).values  # [B, K] of the token's document
     last = torch.where(joined.roll(-1, 1) & (at < kv_length - 1), kv_length, at).flip(1).cummin(1).values.flip(1)
     low = torch.maximum(first, at - wide)
-    high = at.expand(batch_size, -1) if causal else torch.minimum(last, at + wide)
+    high = torch.minimum(last, at + wide) if causal is False else at.expand(batch_size, -1)
     wrong = torch.zeros_like(valid)
     for key in (low, high, (low + high) // 2, at, low - 1, high + 1, at * 0, at * 0 + kv_length - 1, first - 1, last + 1):
         there = (key >= 0) & (key < kv_length) & valid.gather(1, key.expand(batch_size, -1).clamp(0, kv_length - 1))
         wrong |= there & (sees(key) != ((low <= key) & (key <= high)))
     wrong &= valid & is_query
     if wrong.any():
+        Ragged(valid)  # padding between tokens is wrong here too, and raises with its own words
         r, token = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"the model's mask for token {token} of row {r} is no window inside a document "
-            f"({'causal' if causal else 'bidirectional'}, local size {local_size}): use attn_implementation='sdpa'"
+            f"({'bidirectional' if causal is False else 'causal'}, local size {local_size}): use attn_implementation='sdpa'"
         )
-    left = -1 if local_size is None else wide
-    return Visible((left, 0 if causal else left), joined.cpu(), None if whole else valid.cpu(), q_length, k_rows)
+    return Visible(causal, local_size, joined.cpu(), padded, q_length)
+
+
+def _hides_nothing(mask_function: Callable[..., Tensor], row: Tensor, queries: Tensor, keys: Tensor) -> bool:
+    """Whether every query sees every key: all queries and a few keys are asked, and a few queries and all keys."""
+
+    def asked(queries: Tensor, keys: Tensor) -> bool:
+        kept = mask_function(row[:, :, None], torch.zeros_like(row[:, :, None]), queries[None, :, None], keys[None, None, :])
+        return bool(torch.as_tensor(kept).all())
+
+    few_queries, few_keys = (x[[0, len(x) // 2, -1]] for x in (queries, keys))
+    return asked(few_queries, few_keys) and asked(queries, few_keys) and asked(few_queries, keys)
 
 
 def _valid(attention_mask: Tensor | None, kv_offset: int, kv_length: int, at: Tensor) -> Tensor:
@@ -187,7 +214,6 @@ def _valid(attention_mask: Tensor | None, kv_offset: int, kv_length: int, at: Te
 
 def unread(causal: bool, sliding_window: int | None, queries: int, keys: int, rows: int) -> Visible:
     """What a layer sees whose model made no mask."""
-    left = -1 if sliding_window is None else sliding_window - 1
     joined = torch.ones(rows, keys, dtype=torch.bool)
     joined[:, 0] = False
-    return Visible((left, 0 if causal else left), joined, None, queries)
+    return Visible(causal, sliding_window, joined, None, queries)

@@ -280,14 +280,14 @@ def test_what_is_read_off_a_mask_is_the_mask(kind, padded):
     seen = create(config=config, **arguments)
     valid = torch.ones(rows, tokens, dtype=torch.bool) if seen.valid is None else seen.valid
     document = (~seen.joined).cumsum(1)
-    left, right = (tokens if w == -1 else w for w in seen.window_size)
+    left, right = (tokens if w == -1 else w for w in seen.window_size(seen.causal))
     ahead = torch.arange(tokens) - torch.arange(tokens)[:, None]  # key - query
     found = (document[:, None] == document[:, :, None]) & (ahead >= -left) & (ahead <= right) & valid[:, None]
     assert torch.equal(found[valid], expected[valid])
 
 
 def test_a_mask_that_is_no_window_in_documents_is_refused():
-    blocks = torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])
+    blocks = torch.tensor([0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
 
     def mixed(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:  # causal, but an image sees itself
         return (k <= q) | ((blocks[q] == 1) & (blocks[k] == 1))
@@ -296,8 +296,48 @@ def test_a_mask_that_is_no_window_in_documents_is_refused():
         read(batch_size=1, q_length=8, kv_length=8, mask_function=mixed)
     with pytest.raises(ValueError, match="a mask function of its own"):
         read(batch_size=1, q_length=8, kv_length=8, mask_function=mixed, use_vmap=True)
-    with pytest.raises(ValueError, match="cross-attention"):
+    with pytest.raises(ValueError, match="caches of a fixed size"):
         read(batch_size=1, q_length=8, kv_length=12, mask_function=mixed)
+
+
+@pytest.mark.parametrize("decoder", [10, 7, 13])
+@pytest.mark.parametrize("name", ["Bart", "T5Gemma"])
+def test_decoders_attend_to_a_padded_encoder_of_any_length(name, decoder):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    module = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+        "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    configuration = {
+        "Bart": lambda: transformers.BartConfig(vocab_size=VOCABULARY, encoder_ffn_dim=32, decoder_ffn_dim=32, dropout=0.0, **sizes),
+        "T5Gemma": lambda: transformers.T5GemmaConfig(encoder=module, decoder=module, dropout_rate=0.0, vocab_size=VOCABULARY),
+    }[name]()
+    configuration._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(configuration)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, 6:] = mask[1, :3] = 0
+    ids = torch.randint(3, VOCABULARY, (3, 10))
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, VOCABULARY, (3, decoder))}
+    batch |= {"labels": batch["decoder_input_ids"], "use_cache": False}
+    expected, mine = step(model, batch), copy.deepcopy(model)
+    enable(mine)
+    agree(step(mine, batch), expected)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    written = (m.generate(input_ids=ids, attention_mask=mask, **settings) for m in (model, mine))
+    assert torch.equal(*written)
+
+
+def test_a_single_query_sees_an_encoder_whose_last_key_is_padding():
+    enable(tiny("Llama"))  # registers it
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    seen = read(batch_size=2, q_length=1, q_offset=3, kv_length=4, mask_function=lambda row, head, q, k: k >= 0, attention_mask=mask)
+    q, k = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 4, 8)
+    found = transformers.AttentionInterface()["exact_auto"](torch.nn.Module(), q, k, k, seen, is_causal=False)[0]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask[:, None, None].bool())
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 # Refusals
@@ -347,6 +387,30 @@ def test_a_layer_that_contradicts_its_mask_is_refused():
     for words, mask, arguments in wrong:
         with pytest.raises(ValueError, match=words):
             layer(torch.nn.Module(), x, x, x, mask, **arguments)
+    longer = torch.cat([x, x[:, :, :3]], 2)
+    with pytest.raises(ValueError, match="6 queries to 9 keys, but the model's mask is of 6 and 6"):
+        layer(torch.nn.Module(), x, longer, longer, causal)  # as layers do that bring compressed keys along
+
+
+def test_a_mask_without_two_tokens_of_a_document_is_of_either_direction():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, **special, attn_implementation="eager")).eval()
+    one = torch.ones(2, 1, dtype=torch.long)
+    expected = model(input_ids=one).last_hidden_state
+    enable(model)  # its layers say is_causal=False and a window of two sides
+    torch.testing.assert_close(model(input_ids=one).last_hidden_state, expected)
+    enable(tiny("Llama"), distflash.SequenceParallel.single())  # registers it
+    layer = transformers.AttentionInterface()["exact_sharded_auto"]
+    alone = read(batch_size=1, q_length=3, kv_length=3, mask_function=lambda row, head, q, k: k == q)
+    seq = distflash.SequenceParallel.single().sequence(length=3)
+    x, either = torch.randn(1, 2, 3, 8), torch.nn.Module()
+    for words, is_causal in (("is bidirectional", False), ("no two tokens of a document here", None)):
+        with pytest.raises(ValueError, match=f"only causal models are computed, and this mask .*{words}"):
+            layer(either, x, x, x, alone, is_causal=is_causal, sharded_sequence=seq)
+    either.is_causal = True
+    causal = distflash.attention(*[x.transpose(1, 2)] * 3, causal=True)
+    torch.testing.assert_close(layer(either, x, x, x, alone, sharded_sequence=seq)[0], causal)
 
 
 @pytest.mark.parametrize(
