@@ -67,8 +67,9 @@ def attention(
         sink, where there are sinks), and contributes 0 to the gradients of q, k and v.
 
     Raises:
-        ValueError, TypeError: on input that cannot be served, on every rank, before any communication.
-        RuntimeError: if a checkpointed layer runs again without the state of the forward, so that dropout would differ.
+        ValueError, TypeError: on input that cannot be served, before any communication. Ranks that compare notes on a call which
+            another rank refuses raise `Disagreement` with its text: see `SequenceParallel`'s `check`.
+        RuntimeError: if a checkpointed layer runs again without the state of its forward, or in that of two, so that dropout could differ.
 
     With `seq` this is a collective. Sources: FlashAttention-2 (arXiv:2307.08691), Ring Attention (arXiv:2310.01889), DeepSpeed
     Ulysses (arXiv:2309.14509).

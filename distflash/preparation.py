@@ -25,7 +25,7 @@ from distflash.parallel.mask import AnyMask, packed, unseen
 from distflash.parallel.messages import Messages
 from distflash.parallel.plan import alone
 from distflash.parallel.positions import aligned
-from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.sequence import ShardedSequence, refusing
 from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalGroup
 from distflash.validate import check_mask, check_shards, check_sinks, check_tensors, check_variants, documents, scale_of, sees
@@ -36,11 +36,8 @@ def prepare(
 ) -> tuple[Tensor, list[int] | None]:
     """(ticket, gathered) for the operator, as `Scheme` has them. Raises what `distflash.attention` raises."""
     later = torch.compiler.is_dynamo_compiling()  # not is_compiling(): that is true in every thread while one compiles
-    if not later:
-        check_tensors(q, k, v)
-    options["gradients"] = needs_gradients(q, k, v)
     if later:
-        return _prepare_later(q, k, v, seq, mask, **options)
+        return _prepare_later(q, k, v, seq, mask, gradients=needs_gradients(q, k, v), **options)
     scheme = _scheme(q, k, v, seq, mask, **options)
     return scheme.ticket(), scheme.gathered
 
@@ -57,31 +54,39 @@ def _chosen(
     return select(kernel, problem), (float(softcap), float(dropout_p)) if asked else None
 
 
-def _scheme(
+def _scheme(q: Tensor, k: Tensor, v: Tensor, seq: ShardedSequence | None, mask: Slices | None, **options: Any) -> Scheme:
+    """How the call is carried out, on which the ranks have agreed."""
+    with refusing(seq, "attention"):
+        scheme, alike = _planned(q, k, v, seq, mask, **options)
+    if seq is not None:
+        seq.agree("attention", **alike)
+    return scheme
+
+
+def _planned(
     q: Tensor, k: Tensor, v: Tensor, seq: ShardedSequence | None, mask: Slices | None, *, causal: bool, window_size: tuple[int, int],
     softmax_scale: float | Tensor | None, softcap: float, alibi_slopes: Tensor | None, dropout_p: float, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, deterministic: bool, kernel: str, return_lse: bool, sinks: Tensor | None, gradients: bool,
-) -> Scheme:  # fmt: skip
-    """How the call is carried out, on which the ranks have agreed."""
+    cu_seqlens_k: Tensor | None, deterministic: bool, kernel: str, return_lse: bool, sinks: Tensor | None, gradients: bool | None = None,
+) -> tuple[Scheme, dict[str, Any]]:  # fmt: skip
+    """How the call would be carried out, and what of it must be alike on every rank. `gradients`: None is as the tensors say."""
+    check_tensors(q, k, v)
     chosen, variants = _chosen(q, k, v, softcap, alibi_slopes, sinks, dropout_p, deterministic, kernel)
     scale = scale_of(softmax_scale, q.shape[-1])
     if seq is None:
         lengths = (q.shape[-3], k.shape[-3])
         cu = documents(cu_seqlens_q, cu_seqlens_k, *lengths)
-        return _one_device(*cu, sees(mask, causal, window_size, *cu), chosen, scale, variants)
+        return _one_device(*cu, sees(mask, causal, window_size, *cu), chosen, scale, variants), {}
     check_shards(q, k, seq, cu_seqlens_q, cu_seqlens_k)
     visible = sees(mask, causal, window_size, seq.cu_seqlens, seq.cu_seqlens)
     batch = q.shape[0] if q.dim() == 4 else 1
     shape = Shape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], batch, q.element_size())
-    scheme = seq.scheme(visible, chosen, scale, shape, variants, deterministic)
-    seq.agree(  # all that must be alike on every rank
-        "attention", batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]),
-        dtype=q.dtype, causal=causal, window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale,
-        softcap=float(softcap), dropout_p=float(dropout_p), seed_dropout=seq.sp.seeds.begun if dropout_p else None,
-        alibi_slopes=alibi_slopes is not None, sinks=sinks is not None, deterministic=deterministic, return_lse=return_lse,
-        kernel=chosen.name, gradients=gradients,
+    return seq.scheme(visible, chosen, scale, shape, variants, deterministic), dict(
+        batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]), dtype=q.dtype, causal=causal,
+        window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale, softcap=float(softcap), dropout_p=float(dropout_p),
+        seed_dropout=seq.sp.seeds.begun if dropout_p else None, alibi_slopes=alibi_slopes is not None, sinks=sinks is not None,
+        deterministic=deterministic, return_lse=return_lse, kernel=chosen.name,
+        gradients=needs_gradients(q, k, v) if gradients is None else gradients,
     )  # fmt: skip
-    return scheme
 
 
 def _prepare_later(

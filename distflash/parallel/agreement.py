@@ -23,6 +23,7 @@ CHECKS: tuple[Check, ...] = ("first", "always", "never")
 REMEMBERED = 1 << 14  # kinds of calls; alike on every rank, so that all forget at the same call
 WORDS = 160  # characters of a value that are told
 NOTE = 1 << 16  # bytes of a note that are read
+_REFUSED, _TOLD = "refused", 4096  # field of a note, and characters of it
 SLICE = 0.5  # seconds between two looks at what has become of the others
 
 
@@ -70,6 +71,19 @@ def agree(wire: Council, check: Check, call: str, fields: Mapping[str, object]) 
     journal.now = journal.now._replace(doing="")
 
 
+def refuse(wire: Council, check: Check, call: str, error: Exception) -> None:
+    """Take part in a call that this rank refuses: whoever compares notes on it raises Disagreement with this error.
+
+    Nobody is waited for: where the others do not compare, as for a kind agreed on before, they have gone on.
+    """
+    journal = wire.journal
+    journal.enter(call, "")
+    if check != "never":
+        journal.rounds += 1
+        said = {"call": call, "seq": str(journal.now.call), _REFUSED: f"{type(error).__name__}: {error}"[:_TOLD]}
+        wire.post(journal.rounds, json.dumps(said))
+
+
 @lru_cache(maxsize=256)
 def mask_words(mask: Slices | None) -> str:
     """A mask in words; once, not in every layer."""
@@ -113,6 +127,9 @@ def _read(note: str, rank: int) -> dict[str, str]:
 
 
 def _compare(notes: list[dict[str, str]]) -> None:
+    refused = [f"rank {rank}: {said[_REFUSED]}" for rank, said in enumerate(notes) if _REFUSED in said]
+    if refused:
+        raise Disagreement(f"ranks refuse {notes[0]['call']}, seq {notes[0]['seq']}; nothing was sent\n  " + "\n  ".join(refused))
     names = list(dict.fromkeys(name for said in notes for name in said))
     differing = [name for name in names if len({said.get(name) for said in notes}) > 1]
     if not differing:

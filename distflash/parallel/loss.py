@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distflash.parallel.autograd import needs_gradients
-from distflash.parallel.sequence import ShardedSequence
+from distflash.parallel.sequence import ShardedSequence, refusing
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -36,10 +36,10 @@ def token_mean(
     """
     if seq is not None and not isinstance(seq, ShardedSequence):
         raise TypeError(f"seq must come from SequenceParallel.sequence(), got {type(seq).__name__}")
-    if ignore is not None and (ignore.shape != per_token_loss.shape or ignore.dtype != torch.bool):
-        raise ValueError(
-            f"ignore must be a bool tensor of the loss's shape {tuple(per_token_loss.shape)}, got {ignore.dtype} {tuple(ignore.shape)}"
-        )
+    with refusing(seq if group is None else None, "token_mean"):
+        if ignore is not None and (ignore.shape != per_token_loss.shape or ignore.dtype != torch.bool):
+            expected, got = tuple(per_token_loss.shape), f"{ignore.dtype} {tuple(ignore.shape)}"
+            raise ValueError(f"ignore must be a bool tensor of the loss's shape {expected}, got {got}")
     if seq is not None and group is None:
         seq.agree("token_mean", gradients=needs_gradients(per_token_loss))
     reduce = partial(_all_reduce, group) if group is not None else seq.sp.wire.all_reduce if seq is not None else Tensor.clone

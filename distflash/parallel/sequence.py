@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distflash.cost import auto, traffic
 from distflash.kernels.base import Kernel
 from distflash.parallel import handles
-from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, words
+from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, refuse, words
 from distflash.parallel.autograd import Scheme, Variants, needs_gradients, number
 from distflash.parallel.documents import borders, check_balanced_for, check_heads, one_document
 from distflash.parallel.group import Group, default_device, one_of, resolve, usual_order, wire_of
@@ -225,9 +226,11 @@ class ShardedSequence:
         Differentiable: the gradient of a shard is the sum over ranks of its part of the gradients (the exact adjoint).
         Raises ValueError if `x_local` does not have T tokens along `dim`.
         """
-        _check_dim(x_local, dim)
-        if x_local.shape[dim] != self.local_length:
-            raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {tuple(x_local.shape)}")
+        with refusing(self, "unshard"):
+            _check_dim(x_local, dim)
+            if x_local.shape[dim] != self.local_length:
+                given = tuple(x_local.shape)
+                raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {given}")
         dim %= x_local.dim()
         kept = tuple(n for d, n in enumerate(x_local.shape) if d != dim)
         self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))
@@ -287,6 +290,17 @@ class ShardedSequence:
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1
         return f"ShardedSequence({self.length} tokens, {documents} document{'s' * (documents > 1)}, {self.local_length} here, {self.sp!r})"
+
+
+@contextmanager
+def refusing(seq: object, call: str) -> Iterator[None]:
+    """What this rank raises inside, before `agree`, is told to the ranks of `seq`: those that compare notes on the call raise as well."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(seq, ShardedSequence) and (sp := seq.sp).size > 1:
+            refuse(sp.wire, sp.check, call, error)
+        raise
 
 
 def _check_dim(x: Tensor, dim: int) -> None:

@@ -193,6 +193,57 @@ def test_after_a_disagreement_ranks_can_go_on_together():
         assert torch.allclose(out, distflash.attention(x, x, x), atol=1e-6)
 
 
+def bad_call(group, seq, check):
+    call(group, share={"check": check}, softcap=-1.0 if group.rank == 1 else 0.0)
+
+
+def bad_shard(group, seq, check):
+    seq.unshard(torch.zeros(1, seq.local_length + (group.rank == 1)))
+
+
+def bad_loss(group, seq, check):
+    distflash.token_mean(torch.zeros(4), seq, ignore=torch.zeros(4 + (group.rank == 1), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("check", ["first", "always"])
+@pytest.mark.parametrize(
+    "begin, name, told",
+    [
+        (bad_call, "attention", r"softcap=-1\.0 must be a finite number"),
+        (bad_shard, "unshard", r"unshard\(\) needs this rank's 8 tokens along dim 1, got shape \(1, 9\)"),
+        (bad_loss, "token_mean", r"ignore must be a bool tensor of the loss's shape \(4,\)"),
+    ],
+    ids=["attention", "unshard", "token_mean"],
+)
+def test_what_one_rank_refuses_is_raised_on_every_rank_and_they_can_go_on_together(begin, name, told, check, sent):
+    def work(group):
+        seq = distflash.SequenceParallel(group, check=check).sequence(S)
+        if group.rank == 1:
+            with pytest.raises(ValueError, match=f"^{told}"):
+                begin(group, seq, check)
+        else:
+            with pytest.raises(Disagreement, match=f"^ranks refuse {name}, seq 1; nothing was sent\n  rank 1: ValueError: {told}"):
+                begin(group, seq, check)
+        assert not sent
+        for causal in (False, True):
+            call(group, share={"check": check}, causal=causal)
+        return group.journal.rounds, group.journal.now.call
+
+    assert spmd(3, work) == [(3, 3)] * 3
+
+
+def test_what_every_rank_refuses_keeps_nobody_waiting_and_rounds_in_step():
+    def work(group):
+        for _ in range(5):
+            with pytest.raises(ValueError, match="softcap=-1"):
+                call(group, softcap=-1.0)
+        call(group)
+        return group.journal.rounds
+
+    assert spmd(2, work) == [6, 6]
+    assert spmd(1, work) == [0]
+
+
 def test_all_kinds_are_forgotten_at_the_same_call_when_there_are_too_many(monkeypatch, rounds):
     monkeypatch.setattr(agreement, "REMEMBERED", 2)
 

