@@ -13,12 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from distflash.parallel.documents import borders
 from distflash.ragged import Ragged
+
+
+def _no_tensor() -> NoReturn:  # an AttributeError, so that hasattr says no
+    raise AttributeError("the model calculates with its mask, which is no tensor here: use attn_implementation='sdpa'")
 
 
 @dataclass(eq=False)
@@ -42,6 +47,18 @@ class Visible:
         """As in `distflash.attention`."""
         left = -1 if self.local_size is None else self.local_size - causal  # itself counts if causal
         return left, 0 if causal else left
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what copy and others look for
+            raise AttributeError(name)
+        _no_tensor()
+
+    def __getitem__(self, _: object) -> NoReturn:
+        _no_tensor()
+
+    @classmethod
+    def __torch_function__(cls, *_: object) -> NoReturn:
+        _no_tensor()
 
     def check_positions(self, position_ids: Tensor | None, sharded: bool) -> None:
         """Raise ValueError where positions say other documents than the mask.

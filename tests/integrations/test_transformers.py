@@ -368,6 +368,21 @@ def test_what_alone_cannot_be_computed_is_refused():
     refused("output_router_logits", model, shard(packed, sp) | {"output_router_logits": True})
 
 
+def test_code_that_calculates_with_a_mask_is_told_so():
+    sizes = {name: x for name, x in SIZES.items() if name not in ("head_dim", "attn_implementation")}
+    doge = transformers.DogeForCausalLM(transformers.DogeConfig(**sizes))
+    enable(doge)  # its layers add to their mask
+    x, mask = torch.ones(4, 4), read(batch_size=1, q_length=4, kv_length=4, mask_function=lambda row, head, q, k: k <= q)
+    for calculate in (
+        lambda: doge(torch.ones(1, 4, dtype=torch.long)), lambda: mask.dtype, lambda: mask[:, 0], lambda: x + mask, lambda: mask * x,
+        lambda: torch.cat([x, mask]),
+    ):  # fmt: skip
+        with pytest.raises(AttributeError, match="calculates with its mask, which is no tensor here"):
+            calculate()
+    assert not hasattr(mask, "to")  # Accelerate asks whatever it moves to a device
+    assert copy.deepcopy(mask).lengths == (4, 4)
+
+
 def test_a_layer_that_contradicts_its_mask_is_refused():
     enable(tiny("Llama"))  # registers it
     layer = transformers.AttentionInterface()["exact_auto"]
