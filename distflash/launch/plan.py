@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from distflash.parallel.mask import Mask
 
 MATMUL_SHARE = 0.7  # of the peak that a model's matmuls reach; an 8192³ product in bf16 measured 776 of 989 TFLOP/s on an H100
+VALIDATED = "H200", 2  # the device, and how many of one host, whose measured times stand beside predicted ones in docs/benchmarks.md
+DRAWN = 64  # ranks of the largest ring that is drawn whole
 RECOMPUTED = 4 / 3  # checkpointed layers run their matmuls' forward again, attention's results are kept
 
 
@@ -68,7 +71,7 @@ def plan(
     layout: Annotated[str, typer.Option(help="This layout alone.")] = "auto",
     order: Annotated[str, typer.Option(help="This order alone.")] = "auto",
     ulysses: Annotated[str, typer.Option(help="This degree alone.")] = "auto",
-    wire: Annotated[str, typer.Option(help="p2p, symmetric, or auto for the better one.")] = "p2p",
+    wire: Annotated[str, typer.Option(help="p2p, symmetric, or auto for both: symmetric, as a run takes it, where it can be.")] = "auto",
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 10,
     picture: Annotated[Path | None, typer.Option(help="Write the best one's schedule, rank x time, as PNG.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all candidates as JSON.")] = False,
@@ -100,14 +103,24 @@ def plan(
         raise typer.BadParameter(str(error)) from None
     rows = [_row(candidate, chosen, cluster, cu[-1] * batch) for candidate in ranked if candidate.refused is None]
     refused = Counter(candidate.refused for candidate in ranked if candidate.refused)
+    title, known = _title(model, cu, causal, window, cluster), found_device.name == VALIDATED[0] and gpus <= VALIDATED[1]
     if as_json:
-        print(json.dumps({"device": found_device.name, "basis": found_device.basis, "ranking": rows, "refused": refused}, indent=1))
+        about = {"device": found_device.name, "basis": found_device.basis, "validated": known}
+        print(json.dumps({**about, "ranking": rows, "refused": refused}, indent=1))
     else:
-        seen = "causal" if causal else "full"
-        title = f"{model}, {cu[-1]:,} tokens in {len(cu) - 1} documents, {seen}, {gpus} x {found_device.name}, {cluster.per_node} a host"
-        _show(rows[:top], refused, title.replace(" in 1 documents", ""), found_device.basis)
+        _show(_merged(rows)[:top], refused, title, found_device.basis)
+        if not known:
+            print("not validated: predicted times stand beside measured ones of up to {1} {0} of a host only".format(*VALIDATED))
     if picture is not None:
-        _draw(ranked[0], cu, mask, cluster, shape, picture)
+        fits = next((n for n, row in enumerate(rows) if row["fits"]), 0)
+        _draw(ranked[fits], title + ("" if rows[fits]["fits"] else ": does not fit"), cu, mask, cluster, shape, picture)
+
+
+def _title(model: str, cu: tuple[int, ...], causal: bool, window: int | None, cluster: Cluster) -> str:
+    count = len(cu) - 1
+    packed = f" in {count} documents" if count > 1 else ""
+    seen = ("causal" if causal else "full") + (f", window {window:,}" if window is not None else "")
+    return f"{model}, {cu[-1]:,} tokens{packed}, {seen}, {cluster.ranks} x {cluster.device.name}, {cluster.per_node} a host"
 
 
 def _row(candidate: Candidate, model: Model, cluster: Cluster, tokens: int) -> dict[str, Any]:
@@ -125,19 +138,38 @@ def _row(candidate: Candidate, model: Model, cluster: Cluster, tokens: int) -> d
     }  # fmt: skip
 
 
-def _show(rows: list[dict[str, Any]], refused: Counter[str], title: str, basis: str) -> None:
+HEADS = ("layout", "order", "ulysses", "wire", "forward ms", "backward ms", "exposed ms", "step s", "GB a GPU", "why")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    times = {f"{name} ms": f"{1e3 * row[name]:.2f}" for name in ("forward", "backward", "exposed")}
+    rest = {"step s": f"{row['step']:.2f}", "GB a GPU": f"{row['bytes'] / 1e9:.1f}", "why": row["reason"]}
+    return {name: str(row[name]) for name in HEADS[:4]} | times | rest
+
+
+def _merged(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The cells of all rows; those that differ in nothing but the order, or then the layout, are one."""
+    found = [_cells(row) for row in rows]
+    for name in ("order", "layout"):
+        alike: dict[tuple[str, ...], dict[str, str]] = {}
+        for cells in found:
+            first = alike.setdefault(tuple(text for head, text in cells.items() if head != name), cells)
+            first[name] += "" if first is cells else f", {cells[name]}"
+        found = list(alike.values())
+    return found
+
+
+def _show(rows: list[dict[str, str]], refused: Counter[str], title: str, basis: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 160)
     table = Table(title=title, title_justify="left")
-    for head in ("layout", "order", "ulysses", "wire", "forward ms", "backward ms", "exposed ms", "step s", "GB a GPU", "why"):
+    for head in HEADS:
         table.add_column(head, justify="left" if head in ("layout", "order", "wire", "why") else "right")
-    for r in rows:
-        times = (f"{1e3 * r[name]:.2f}" for name in ("forward", "backward", "exposed"))
-        cells = (r["layout"], r["order"], str(r["ulysses"]), r["wire"], *times, f"{r['step']:.2f}", f"{r['bytes'] / 1e9:.1f}", r["reason"])
-        table.add_row(*cells, style=None if r["fits"] else "dim")
+    for cells in rows:
+        table.add_row(*cells.values(), style="dim" if "do not fit" in cells["why"] else None)
     console.print(table)
     console.print(
         "forward, backward, exposed: attention of one layer; step: both passes of the model, without the traffic of its parameters"
@@ -147,34 +179,33 @@ def _show(rows: list[dict[str, Any]], refused: Counter[str], title: str, basis: 
         console.print(Text(f"left out: {count} x {reason}"))
 
 
-def _draw(best: Candidate, cu: tuple[int, ...], mask: Mask, cluster: Cluster, shape: Any, path: Path) -> None:
-    """The schedule of the best one, forward above backward: what each rank of a ring computes and sends when."""
+def _draw(best: Candidate, title: str, cu: tuple[int, ...], mask: Mask, cluster: Cluster, shape: Any, path: Path) -> None:
+    """The schedule of a row, forward above backward: what each rank of a ring computes and sends when. Of a large ring, four hosts."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise typer.BadParameter("--picture needs matplotlib: pip install 'distflash[train]'") from None
-    from dataclasses import replace
-
-    from distflash.cost.simulate import KINDS, simulate
-    from distflash.cost.time import Rank
+    from distflash.cost.choose import rank_of
+    from distflash.cost.simulate import KINDS, simulate, standing
     from distflash.cost.traffic import PASSES
 
     scheme, cluster = best.scheme, replace(cluster, wire=best.wire)
-    spans = scheme.spans(cu, mask)
-    ranks = [Rank(scheme.share(spans, mask, shape, n * scheme.ulysses), cluster) for n in range(scheme.ring)]
-    figure = Figure(figsize=(12, 3.5 + 0.35 * scheme.ring), layout="constrained")
+    spans, head = scheme.spans(cu, mask), scheme.fullest_head_rank(shape)
+    drawn = list(range(scheme.ring)) if scheme.ring <= DRAWN else standing(scheme)
+    ranks = [rank_of(scheme, spans, mask, shape, cluster, n * scheme.ulysses + head) for n in drawn]
+    figure = Figure(figsize=(12, 3.5 + 0.35 * len(drawn)), layout="constrained")
     panels = figure.subplots(2, 1)
     for axes, pass_ in zip(panels, PASSES, strict=True):
         found = simulate(ranks, pass_)
         for kind, colour, low in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), (0.0, -0.4, -0.4), strict=True):
-            for rank in range(scheme.ring):
+            for rank in range(len(drawn)):
                 bars = [(1e3 * start, 1e3 * (end - start)) for who, what, start, end in found.events if (who, what) == (rank, kind)]
                 label = kind if rank == 0 else None
                 axes.broken_barh(bars, (rank + low, 0.38), color=colour, edgecolor="white", linewidth=0.3, label=label)
         axes.set(title=f"{pass_}: {1e3 * found.seconds:.2f} ms, kernels run {found.efficiency:.0%} of it", xlabel="ms")
-        axes.set(xlim=(0, 1e3 * found.seconds), ylim=(-0.6, scheme.ring - 0.4), ylabel="rank of the ring")
-        axes.set(yticks=range(0, scheme.ring, max(1, scheme.ring // 16)))
+        axes.set(xlim=(0, 1e3 * found.seconds), ylim=(-0.6, len(drawn) - 0.4), ylabel="rank of the ring")
+        axes.set_yticks(range(0, len(drawn), max(1, len(drawn) // 16)), drawn[:: max(1, len(drawn) // 16)])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
-    figure.suptitle(f"{scheme.layout}, {scheme.order}, ulysses {scheme.ulysses}, {best.wire}: simulated")
+    figure.suptitle(f"{title}\n{scheme.layout}, {scheme.order}, ulysses {scheme.ulysses}, {best.wire}: simulated")
     figure.savefig(path, dpi=120)
     typer.echo(f"wrote {path}", err=True)
