@@ -34,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "Ragged": "distflash.ragged",
-    "SequenceParallel": "distflash.parallel.sequence",
+    "SequenceParallel": "distflash.launch.started",
     "ShardedSequence": "distflash.parallel.sequence",
     "Slice": "distflash.parallel.slices",
     "Slices": "distflash.parallel.slices",

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import distflash
+from distflash.launch.environment import MPI_FAMILIES
 from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalWire
 from distflash.testing import Attention, check, errors, keep_mask, oracle, spmd
@@ -212,6 +213,32 @@ def test_a_bad_sequence_is_refused(case):
 @pytest.mark.parametrize("group", [dist.GroupMember.NON_GROUP_MEMBER, "world", 0, object()], ids=["not a member", "str", "int", "object"])
 def test_a_group_that_this_rank_is_not_in_is_refused(group):
     refused(lambda: distflash.SequenceParallel(group), TypeError, ["None, a ProcessGroup or a DeviceMesh", "belongs to"])
+
+
+STARTED = {
+    "torchrun": dict(TORCHELASTIC_RUN_ID="a", RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4"),
+    "mpirun": dict(zip(MPI_FAMILIES[0][1:], ("1", "4", "1", "4"), strict=True)),
+}
+
+
+@pytest.mark.parametrize("launcher", STARTED)
+def test_started_processes_without_a_group_are_told_to_make_one(launcher, monkeypatch):
+    for name, value in STARTED[launcher].items():
+        monkeypatch.setenv(name, value)
+    refused(distflash.SequenceParallel, RuntimeError, ["4 processes were started, but there is no process group", "distflash.init()"])
+    assert distflash.SequenceParallel.single().size == 1
+    assert spmd(2, lambda group: distflash.SequenceParallel(group).size) == [2, 2]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert distflash.SequenceParallel().size == 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_needs_no_group_whatever_is_left_in_the_environment(monkeypatch):
+    assert distflash.SequenceParallel().size == 1
+    monkeypatch.setenv("RANK", "nonsense")
+    assert distflash.SequenceParallel().size == 1
 
 
 def test_a_double_ring_that_hosts_cannot_form_is_refused(sent):

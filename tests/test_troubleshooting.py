@@ -163,6 +163,7 @@ BY_OTHERS = {  # of the same tables what takes processes or mutes ranks: the tes
     "ulysses=... disagrees with the mesh": (P2P, "ulysses=4 disagrees with the mesh"),
     "the mesh must list its ranks in ascending order": (P2P, "ascending order"),
     "attention with dropout runs inside a backward pass in the state of two calls": (VARIANTS, "in the state of two calls of the forward"),
+    "... processes were started, but there is no process group": ("tests/test_api.py", "4 processes were started"),
     "ranks refuse ...; nothing was sent": (AGREEMENT, "ranks refuse {name}, seq 1; nothing was sent"),
     "ranks disagree on a call: ...; but ..., of a kind agreed on before": (AGREEMENT, "of a kind new to it"),
     "... sent a note of ... characters that is not one of ours": (AGREEMENT, "rank 3 sent a note of"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from distflash.parallel.wire.p2p import P2PWire
 from distflash.parallel.wire.symmetric import SymmetricWire, obstacle
 
 Group = dist.ProcessGroup | DeviceMesh | LocalWire
+
+started: Callable[[], int] | None = None  # how many processes this job has: set by launch/, which reads the environment
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -46,11 +48,19 @@ def resolve(group: Group | None, ulysses: int | str) -> tuple[dist.ProcessGroup 
 
 
 def wire_of(group: dist.ProcessGroup | LocalWire | None, asked: str) -> tuple[P2PWire | LocalWire, str]:
-    """The wire asked for among all ranks of the group, and why it is this one. Raises ValueError if it cannot be."""
+    """The wire asked for among all ranks of the group, and why it is this one.
+
+    Raises ValueError if it cannot be, RuntimeError if there is no group although several processes were started.
+    """
     if isinstance(group, LocalWire):
         return group, "ranks are threads of one process"
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
+    if group is None and started is not None and (processes := started()) > 1:
+        raise RuntimeError(
+            f"{processes} processes were started, but there is no process group: call distflash.init() before SequenceParallel(), "
+            "or use SequenceParallel.single() where each process works alone"
+        )
     if group is None or group.size() == 1:
         return LocalGroup(1, default_device()).wire(0), "there is one rank"
     wire = P2PWire(group)

@@ -42,7 +42,7 @@ class SequenceParallel:
     """How the ranks of a group share sequences.
 
     Args:
-        group: None (all ranks; one device if torch.distributed is not initialised), a ProcessGroup, or a DeviceMesh: 1-D, or
+        group: None (all ranks; one device where there is one process), a ProcessGroup, or a DeviceMesh: 1-D, or
             2-D with axes "ring" and "ulysses", Ulysses ranks adjacent.
         layout: "contiguous", "zigzag", "striped" or "balanced": which tokens a rank holds. "balanced" deals out chunks by the work of
             the very documents or mask: equal work with the fewest pieces.
@@ -61,7 +61,8 @@ class SequenceParallel:
             `deterministic=True` are the same bits whatever the limit. A call that needs more raises ValueError on every rank.
 
     Creating one is a collective: every rank of the group does it, in the same order. Raises ValueError or TypeError on
-    arguments that cannot be served, on every rank, before any attention runs.
+    arguments that cannot be served, on every rank, before any attention runs; RuntimeError if a launcher started several processes
+    and none is given a group: `distflash.init()` makes it.
     """
 
     def __init__(
