@@ -189,8 +189,11 @@ def _why_not(model: PreTrainedModel) -> str | None:
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {str(r.get("rope_type")) for r in [ropes, *ropes.values()] if isinstance(r, Mapping)} & {"dynamic", "longrope"}
     mixing = [type(m).__name__ for m in model.modules() if isinstance(m, nn.Conv1d) or getattr(m, "_is_stateful", False)]
+    numbering = [type(m).__name__ for m in model.modules() if _numbers_positions(m)]
     if getattr(config, "is_encoder_decoder", False):
         return "it has an encoder and a decoder"
+    if numbering:
+        return f"{numbering[0]} numbers positions itself, from token numbers or padding, which a shard does not show"
     if layers or mixing or getattr(config, "attention_chunk_size", None) is not None:
         what = sorted(layers) or mixing[:1] or ["chunked attention"]
         return f"{', '.join(what)} would see only the tokens of its rank"
@@ -203,3 +206,9 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if getattr(config, "output_router_logits", False):
         return "config.output_router_logits: the router's loss is no sum over tokens, each rank would balance its own; set it to False"
     return None
+
+
+def _numbers_positions(module: nn.Module) -> bool:
+    """Whether positions are made from numbers of tokens, as RoBERTa's are, or from the padding mask, as OPT's."""
+    of_padding = isinstance(module, nn.Embedding) and "attention_mask" in inspect.signature(module.forward).parameters
+    return of_padding or hasattr(module, "create_position_ids_from_input_ids")

@@ -459,6 +459,16 @@ def test_models_that_mix_tokens_by_other_layers_are_refused():
         enable(bart, distflash.SequenceParallel.single())
 
 
+@pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Camembert", "Data2VecText", "OPT"])
+def test_models_that_number_positions_themselves_are_refused(name):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    more = {"ffn_dim": 32, "word_embed_proj_dim": 32} if name == "OPT" else {"intermediate_size": 32, "is_decoder": True}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes, **more))
+    enable(model)
+    with pytest.raises(ValueError, match="numbers positions itself"):
+        enable(model, distflash.SequenceParallel.single())
+
+
 def test_models_whose_attention_cannot_be_exchanged_are_refused():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="cannot be exchanged"):
