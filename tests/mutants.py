@@ -52,6 +52,9 @@ VARIANT = "test_variants.py::test_each_variant_alone_with_grouped_heads_and_othe
 CLOSED_FORMS = "cost/test_traffic.py::test_the_closed_forms_of_the_field_are_what_the_plan_counts"
 FLASH = "integrations/test_flash_attn.py"
 CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
+LETS_GO = (
+    "launch/test_heartbeat.py::test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdict_is_no_news_to_it"
+)
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
 AUTOCAST = "parallel/test_autograd.py::test_autocast_outside_of_attention_reaches_nothing_inside"
@@ -412,6 +415,27 @@ MUTANTS = {
         "preparation.py", "aligned(cu_q, cu_k)", "aligned(cu_q, cu_q)",
         "test_variants.py::test_queries_and_keys_of_different_number_are_aligned_at_the_last"),
     # the model of costs
+    "the first of ranks that share heads stands for all": Mutant(
+        "cost/choose.py", "scheme.spans(cu, mask), scheme.fullest_head_rank(shape)", "scheme.spans(cu, mask), 0",
+        "cost/test_choose.py::test_the_rank_with_the_most_heads_is_the_one_that_counts[9-3-p2p]"),
+    "borders of hosts are not looked at": Mutant(
+        "cost/choose.py", "(host * node, host * node + node // 2, host * node + node - 1)", "(host * node + node // 2,)",
+        "cost/test_choose.py::test_the_ranks_that_are_looked_at_are_few_and_hold_every_border_of_a_host"),
+    "explain names messages where blocks are copied": Mutant(
+        "explanation.py", "_carried(mine, plans.copies)", "_carried(mine, None)",
+        "test_explanation.py::test_where_blocks_are_copied_it_names_the_bytes_that_a_rank_copies[1-window1-zigzag]"),
+    "what has come home of a gradient is not held": Mutant(
+        "cost/memory.py", "arrived = s.message(own, wide) if coming else kept", "arrived = kept",
+        "cost/test_memory.py::test_every_byte_is_counted_for_windows_and_documents_over_messages[contiguous-ring]"),
+    "a message sets out before its receiver is as far": Mutant(
+        "cost/simulate.py", "theirs.turn == there.turn == mine.turn", "theirs.turn",
+        "cost/test_simulate.py::test_two_messages_over_one_nic_take_twice_as_long"),
+    "the first hosts stand for all": Mutant(
+        "cost/simulate.py", "[*range(some), *range(ring - some, ring)]", "[*range(2 * some)]",
+        "cost/test_simulate.py::test_the_first_and_the_last_hosts_stand_for_all[zigzag-mask0-ring-1]"),
+    "scores take no room on chip": Mutant(
+        "cost/hbm.py", "// (2 * head_dim + keys + 2)", "// (2 * head_dim + 2)",
+        "cost/test_hbm.py::test_what_is_on_chip_fits_with_its_scores_and_statistics_and_one_query_more_does_not"),
     "messages are counted without their padding": Mutant(
         "cost/traffic.py", "return -(-nbytes // ALIGN) * ALIGN", "return nbytes",
         "cost/test_traffic.py::test_bytes_between_every_two_ranks_are_those_of_a_real_run[ring-contiguous]"),
@@ -457,6 +481,10 @@ MUTANTS = {
     "a checkpoint is written where it is read": Mutant(
         "train/checkpoint.py", 'self.tmp = root / f".tmp-{self.final.name}"', "self.tmp = self.final",
         "train/test_checkpoint.py::test_a_kill_at_any_fsync_or_rename_leaves_a_whole_checkpoint"),
+    "a rank that has lost another one ends before it": Mutant(
+        "launch/heartbeat.py", "            self._let_go_first()\n", "", f"{LETS_GO}[error1]"),
+    "a rank that has failed heeds the verdict of it": Mutant(
+        "launch/heartbeat.py", "if self.state != RUNS:  # it ends", "if False:  # it ends", f"{LETS_GO}[error1]"),
     "a job that is started again resumes whatever run is there": Mutant(
         "train/folder.py", ' and file.read_text(errors="replace") == self.job', "",
         "train/test_folder.py::test_a_job_that_is_started_again_goes_on_with_its_own_run_only"),

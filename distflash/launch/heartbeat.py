@@ -22,6 +22,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distflash.parallel.agreement import NOTE
@@ -38,6 +39,7 @@ SLOWEST = 1.0  # seconds between two beats at most: a rank that leaves is notice
 WORDS = 1000  # characters of an error that peers are told
 
 RUNS, LEFT, FAILED, LOST = "runs", "left", "failed", "lost"
+FORM = {"beat": int, "host": str, "pid": int, "state": str, "why": str, "about": int}  # of a note; beside it "group" and "now", or neither
 
 
 @dataclass
@@ -45,7 +47,7 @@ class _Peer:
     """What was last read of a rank."""
 
     since: float  # when its note last changed, by our clock
-    text: str = ""
+    text: bytes = b""
     note: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,7 +67,8 @@ class Heartbeat:
         self.patience = limit - 3 * self.interval  # what is read may be an interval old, is looked at later, and passed on again
         now = time.monotonic()
         self.peers = {r: _Peer(now) for r in range(size) if r != rank}
-        self.answered, self.broken = now, False  # when the store last answered; if its connection broke
+        self.answered, self.broken = now, False  # when the store last answered; if its connection, or what came over it, broke
+        self.odd: tuple[int, str] | None = None  # a rank whose note is none, and what it is
         self.state, self.why, self.about = RUNS, "", rank
         self.beats, self.process = 0, os.getpid()
         self.lost: str | None = None
@@ -109,6 +112,7 @@ class Heartbeat:
                 time.sleep(self.interval / 4)
         if self.lost is not None:
             self._wake()
+            self._let_go_first()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_PEER_LOST)
@@ -119,6 +123,17 @@ class Heartbeat:
         if note.get("host") == socket.gethostname() and type(note["pid"]) is int and note["pid"] > 1:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(note["pid"], signal.SIGCONT)
+
+    def _let_go_first(self) -> None:
+        """Wait for a rank of this host that ends by itself: whoever started both then sees its exit code before ours, the consequence."""
+        peer = self.peers.get(self.about)
+        if peer is None or peer.state not in (LEFT, FAILED) or peer.note["host"] != socket.gethostname():
+            return
+        deadline = time.monotonic() + self.limit
+        while (there := _runs(peer.note["pid"])) and time.monotonic() < deadline:
+            time.sleep(self.interval / 4)
+        if not there:
+            time.sleep(self.interval / 4)  # whoever looks at one process after the other has seen it, too
 
     def verdict(self) -> str | None:
         """Who was lost, in words: waits for as long as that takes to find out."""
@@ -154,10 +169,12 @@ class Heartbeat:
         self.store.set(str(self.rank), json.dumps(note))
         keys = {r: str(r) for r in self.peers if self.peers[r].text or self.store.check([str(r)])}
         for r, text in zip(keys, self.store.multi_get(list(keys.values())) if keys else (), strict=True):
-            if len(text) > NOTE:
-                raise ValueError(f"a note of {len(text)} bytes: a heartbeat's has at most {NOTE}")
-            if text.decode() != self.peers[r].text:
-                self.peers[r] = _Peer(time.monotonic(), text.decode(), json.loads(text))
+            try:
+                if text != self.peers[r].text:
+                    self.peers[r] = _Peer(time.monotonic(), text, read_note(text, self.size))
+            except ValueError as error:
+                self.odd = r, f"{self._name(r)} sent {error}"
+                raise
         self.answered = time.monotonic()
 
     def _say(self, state: str, why: str = "", about: int | None = None) -> None:
@@ -182,7 +199,14 @@ class Heartbeat:
                 for peer in self.peers.values():
                     peer.since = now
             last = now
-            found = self._judge(now)
+            try:
+                found = self._judge(now)
+            except Exception as error:  # nobody else would notice that nobody watches
+                found = self.rank, f"rank {self.rank} cannot watch over the others any more: {type(error).__name__}: {error}"
+        if self.state != RUNS:  # it ends, and has told the others: their verdict of it is no news
+            if not self.over.wait(self.limit):
+                os._exit(1)
+            return
         about, why = found
         self.lost = f"{why}; rank {self.rank} was {journal.latest or 'in no call of distflash'}"
         if stood:
@@ -199,6 +223,8 @@ class Heartbeat:
 
     def _judge(self, now: float) -> tuple[int, str] | None:
         """(the rank that was lost, or the one to ask first if that is the store's; what happened)."""
+        if self.odd:
+            return self.odd
         for r, peer in self.peers.items():
             if peer.state == FAILED:
                 return r, f"{self._name(r)} failed with {peer.note['why']}"
@@ -233,6 +259,31 @@ class Heartbeat:
     def _name(self, rank: int) -> str:
         note = self.peers[rank].note
         return f"rank {rank} (host {note['host']}, pid {note['pid']})" if note else f"rank {rank}"
+
+
+def read_note(text: bytes, size: int) -> dict[str, Any]:
+    """A note of a rank among `size`. Raises ValueError unless it is of the form that `_talk` writes."""
+    if len(text) > NOTE:
+        raise ValueError(f"a note of {len(text)} bytes: a heartbeat's has at most {NOTE}")
+    try:
+        note = json.loads(text)
+        known = {name: type(value) for name, value in note.items() if name not in ("group", "now")} == FORM
+        known = known and note["state"] in (RUNS, LEFT, FAILED, LOST) and 0 <= note["about"] < size
+        if known and not note.keys().isdisjoint({"group", "now"}):
+            known = type(note["group"]) is str and [*map(type, note["now"])] == [*map(type, Now())]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        note, known = {}, False
+    if not known:
+        raise ValueError(f"a note that is not one of ours, {text[:60]!r}: install one version of distflash everywhere")
+    return note
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this host is there and has not ended yet; False where there is no /proc to ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
 
 
 def lost_connection(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 # Prints one line a rank; then, as the arguments say, fails on one rank while the others wait for it.
 RANK = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from distflash.launch import init
@@ -30,7 +30,9 @@ def listening():
                 found.add(fields[1].split(":")[0])
     return sorted(found)
 
-how = sys.argv[1] if len(sys.argv) > 1 else "end"
+how, slowly = sys.argv[1] if len(sys.argv) > 1 else "end", sys.argv[2:] == ["slowly"]
+if slowly and os.environ["RANK"] == "1":
+    atexit.register(time.sleep, 3)  # after all that is registered later
 world = init(timeout=60, heartbeat=1.0 if how == "stop" else None)
 assert init() is world
 total = torch.tensor([world.rank + 1])

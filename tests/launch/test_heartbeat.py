@@ -1,15 +1,22 @@
 """launch/heartbeat.py: real processes over gloo; one of them is killed, stopped, raises or leaves, the others must say so and end."""
 
+import atexit
+import json
+import os
 import signal
+import socket
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import distflash
 from distflash.launch import options
-from distflash.launch.heartbeat import EXIT_PEER_LOST
+from distflash.launch.heartbeat import EXIT_PEER_LOST, Heartbeat, read_note
 from distflash.parallel.wire.journal import DistFlashPeerLost
 from tests.launch.faults import LIMIT, RANKS, SLACK, fault, launch, ring, strike_with
 
@@ -94,6 +101,80 @@ def test_a_rank_that_leaves_while_others_wait_for_it_is_named(tmp_path):
     for rank in (0, 2):
         assert "rank 1 (host " in ended[rank].said and "has ended its program" in ended[rank].said, ended[rank].said
         assert ended[rank].code == EXIT_PEER_LOST
+
+
+@pytest.mark.parametrize("error", [SystemExit(7), KeyError("the bug of rank 1")])
+def test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdict_is_no_news_to_it(tmp_path, error):
+    def strike():
+        fault(tmp_path)
+        raise error
+
+    def linger():
+        """The last thing that it does: the others hear that the connections are gone before the process is."""
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):
+                connection = socket.socket(fileno=os.dup(int(link.name)))
+                connection.getpeername()  # a listener has none
+                connection.shutdown(socket.SHUT_RDWR)
+        time.sleep(0.6)
+
+    def place(rank):
+        if rank == 1:
+            atexit.register(linger)
+        return {}
+
+    ended = launch(tmp_path, lambda rank: ring(rank, 1, strike), place=place)
+    assert ended[1].code == (7 if isinstance(error, SystemExit) else 1) and "DistFlashPeerLost" not in ended[1].said
+    for rank in (0, 2):
+        assert ended[rank].code == EXIT_PEER_LOST and ended[rank].gone > 0.6
+
+
+GOOD = {"beat": 1, "host": "h", "pid": 2, "state": "runs", "why": "", "about": 1, "group": "g", "now": [1, "attention", "forward", 0, 2]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5", "{", "[" * 50_000, '{"state": "lost"}', '{"state": "failed"}', '{"beat": 1, "now": [1]}', "x" * 70_000,
+        *(json.dumps(GOOD | change) for change in (
+            {"state": "odd"}, {"pid": "2"}, {"pid": None}, {"host": 3}, {"state": "lost", "about": 2}, {"about": -1}, {"why": None},
+            {"now": [1, "a", "f", 0]}, {"now": [1, "a", "f", 0, "2"]}, {"now": 7}, {"group": 3},
+        )),
+        *(json.dumps({name: value for name, value in GOOD.items() if name != left_out}) for left_out in GOOD),
+    ],
+)  # fmt: skip
+def test_a_note_of_another_form_is_a_verdict_that_names_who_sent_it(text, monkeypatch):
+    told = []
+    monkeypatch.setattr(Heartbeat, "end", lambda self: told.append(self.lost))
+    store = HashStore()
+    store.set("1", text)
+    watch = Heartbeat(store, 0, 2, 0.5, None)
+    watch.awaited = True
+    for thread in watch.threads:
+        thread.start()
+    assert watch.told.wait(0.4), "nobody is told"
+    assert watch.lost.startswith("rank 1 sent a note "), watch.lost
+    watch.over.set()
+    watch.soon.set()
+
+
+def test_a_note_of_the_known_form_is_read():
+    assert read_note(json.dumps(GOOD).encode(), 2) == GOOD
+    short = {name: value for name, value in GOOD.items() if name not in ("group", "now")}
+    assert read_note(json.dumps(short).encode(), 2) == short
+
+
+def test_a_watch_that_breaks_says_so_instead_of_falling_silent(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "_judge", lambda self, now: 1 // 0)
+    monkeypatch.setattr(Heartbeat, "end", lambda self: None)
+    watch = Heartbeat(HashStore(), 0, 2, 0.5, None)
+    watch.awaited = True
+    for thread in watch.threads:
+        thread.start()
+    assert watch.told.wait(0.4)
+    assert "rank 0 cannot watch over the others any more: ZeroDivisionError" in watch.lost
+    watch.over.set()
+    watch.soon.set()
 
 
 def test_a_stopped_rank_is_woken_to_hear_that_it_was_given_up_and_ends(tmp_path):

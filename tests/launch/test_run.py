@@ -40,8 +40,9 @@ print("RANK", sorted({fields[1].split(":")[0] for fields in rows if fields[3] ==
 """
 
 
-def test_the_failing_ranks_traceback_and_exit_code_are_passed_on(tmp_path):
-    done = start(distflash("run", "-n", "2", "rank.py", "raise"), tmp_path)
+@pytest.mark.parametrize("pace", [[], ["slowly"]])
+def test_the_failing_ranks_traceback_and_exit_code_are_passed_on(tmp_path, pace):
+    done = start(distflash("run", "-n", "2", "rank.py", "raise", *pace), tmp_path)
     assert done.returncode == 1
     told = done.stderr[done.stderr.index("distflash run: ") :]
     assert told.startswith("distflash run: rank 1 (pid ")
@@ -49,8 +50,9 @@ def test_the_failing_ranks_traceback_and_exit_code_are_passed_on(tmp_path):
     assert done.stderr.index("the bug of rank 1") < done.stderr.index("distflash run: ")
 
 
-def test_a_rank_that_exits_with_a_code_of_its_own_is_the_one_named(tmp_path):
-    done = start(distflash("run", "-n", "2", "rank.py", "exit"), tmp_path)
+@pytest.mark.parametrize("pace", [[], ["slowly"]])
+def test_a_rank_that_exits_with_a_code_of_its_own_is_the_one_named(tmp_path, pace):
+    done = start(distflash("run", "-n", "2", "rank.py", "exit", *pace), tmp_path)
     assert done.returncode == 7, done.stderr
     assert "rank 1 (pid " in done.stderr and "failed first, with exit code 7" in done.stderr
 
