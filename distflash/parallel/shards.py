@@ -5,13 +5,11 @@ Legend: P ranks, T local tokens, S global tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from distflash.parallel.layout import Layout, lengths
-from distflash.parallel.wire.base import Wire
+from distflash.parallel.wire.base import Wire, swapped
 
 
 class Tokens:
@@ -51,7 +49,7 @@ class Unshard(torch.autograd.Function):
         def room(rank: int) -> Tensor:
             return x.new_empty([*shape[:dim], tokens.lengths[rank], *shape[dim + 1 :]])
 
-        parts = _swap(wire, [x] * wire.size, room)
+        parts = swapped(wire, [x] * wire.size, room)
         whole = x.new_empty([*shape[:dim], tokens.length, *shape[dim + 1 :]])
         for rank, part in enumerate(parts):
             whole.index_copy_(dim, tokens.indices(rank, x.device), part)
@@ -69,7 +67,7 @@ class SumOfShards(torch.autograd.Function):
     def forward(ctx, whole: Tensor, wire: Wire, tokens: Tokens, dim: int) -> Tensor:
         ctx.wire, ctx.tokens, ctx.dim = wire, tokens, dim
         shares = [whole.index_select(dim, tokens.indices(rank, whole.device)) for rank in range(wire.size)]
-        parts = _swap(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
+        parts = swapped(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
         wide = torch.promote_types(whole.dtype, torch.float32)
         total = sum((part.to(wide) for part in parts[1:]), start=parts[0].to(wide))  # rank order: the same bits every run
         return total.to(whole.dtype)
@@ -77,12 +75,3 @@ class SumOfShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return Unshard.apply(grad, ctx.wire, ctx.tokens, ctx.dim), None, None, None
-
-
-def _swap(wire: Wire, outgoing: Sequence[Tensor], room) -> list[Tensor]:
-    """Give `outgoing[rank]` to each rank; return what each gave us, written into `room(rank)`."""
-    others = [r for r in range(wire.size) if r != wire.rank]
-    arriving = {r: room(r) for r in others}
-    as_bytes = {r: x.view(-1).view(torch.uint8) for r, x in arriving.items()}
-    wire.exchange({r: outgoing[r].contiguous().view(-1).view(torch.uint8) for r in others}, as_bytes).wait()
-    return [arriving.get(r, outgoing[r]) for r in range(wire.size)]

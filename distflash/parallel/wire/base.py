@@ -6,7 +6,7 @@ and nothing can be matched with the wrong half (hazard: two messages between two
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -64,13 +64,23 @@ class SubWire:
         return self.parent.exchange({name(r): x for r, x in sends.items()}, {name(r): x for r, x in recvs.items()})
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        parts = {r: torch.empty_like(x) for r in range(self.size) if r != self.rank}
-        as_bytes = {r: part.view(-1).view(torch.uint8) for r, part in parts.items()}
-        self.exchange(dict.fromkeys(parts, x.contiguous().view(-1).view(torch.uint8)), as_bytes).wait()
-        return sum((parts.get(r, x) for r in range(1, self.size)), start=parts.get(0, x))
+        first, *others = swapped(self, [x] * self.size, lambda _: torch.empty_like(x))
+        return sum(others, start=first)
 
     def sub(self, members: Sequence[int]) -> Wire:
         return SubWire(self, members, len(members))
+
+
+def swapped(wire: Wire, outgoing: Sequence[Tensor], room: Callable[[int], Tensor]) -> list[Tensor]:
+    """Give `outgoing[rank]` to each rank; what each gave us, in rank order, written into `room(rank)`: ours is what we hold."""
+    arriving = {rank: room(rank) for rank in range(wire.size) if rank != wire.rank}
+    sends = {rank: _bytes(outgoing[rank].contiguous()) for rank in arriving}
+    wire.exchange(sends, {rank: _bytes(x) for rank, x in arriving.items()}).wait()
+    return [arriving.get(rank, outgoing[rank]) for rank in range(wire.size)]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
