@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.headline import is_ours
+from benchmarks.headline import is_ours, peer_name
 from benchmarks.record import RESULTS, load, source, table
 
 
@@ -44,22 +44,33 @@ def _model(name: str) -> str:
 
 def train() -> str:
     """Training runs, and the loss curve beside one GPU's, of every machine that was measured."""
-    head = ("GPUs", "dtype", "tokens a sequence", "steps", "first loss", "last loss", "largest relative difference", "ms a step", "peak GB")
-    return "\n".join(
-        table(head, _training(result)) + source(result) for result in map(load, sorted(p.stem for p in RESULTS.glob("train_*")))
+    head = (
+        *("GPUs", "kernel", "dtype", "tokens per sequence", "steps", "first loss", "last loss", "largest relative difference"),
+        *("ms per step", "attention's share", "peak GB"),
     )
+    results = map(load, sorted(p.stem for p in RESULTS.glob("train_*")))
+    return "\n".join(table(head, _training(result)) + source(result) for result in results)
 
 
 def _training(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for r in result["rows"]:
         metrics = r["metrics"]
-        middle = sorted(m["ms"] for m in metrics)[len(metrics) // 2]
+        middle = sorted(metrics, key=lambda m: m["ms"])[len(metrics) // 2]
         apart = f"{r['difference']:.1e}" if r["gpus"] == 1 else ""
         ends = f"{metrics[0]['loss']:.3f}", f"{metrics[-1]['loss']:.3f}"
         peak = max(m["peak_memory_gb"] for m in metrics)
-        rows.append([str(r["gpus"]), r["dtype"], f"{r['length']:,}", str(len(metrics)), *ends, apart, f"{middle:.0f}", f"{peak:.1f}"])
+        share = f"{middle['attention_tflops'] / _portable_rate():.0%}" if r["dtype"] == "bf16" else ""
+        shown = str(r["gpus"]), r["kernel"], r["dtype"], f"{r['length']:,}", str(len(metrics)), *ends, apart
+        rows.append([*shown, f"{middle['ms']:.0f}", share, f"{peak:.1f}"])
     return rows
+
+
+def _portable_rate() -> float:
+    """TFLOP/s of the portable kernel over both passes: causal, D = 128, 8,192 tokens, an H100."""
+    rows = load("portable_h100_80gb_hbm3")["rows"]
+    rates = {r["pass"]: r["tflops"] for r in rows if (r["kernel"], r["D"], r["causal"]) == ("triton", 128, True)}
+    return 3.5 / (1 / rates["forward"] + 2.5 / rates["backward"])
 
 
 def ring() -> str:
@@ -72,9 +83,7 @@ def ring() -> str:
     for cell, found in cells.items():
         best = {name: max((r[name][0] for r in found if not is_ours(r)), default=None) for name in ("forward", "both")}
         for r in found:
-            if r["how"].endswith("[fa2]"):  # the same peer is faster with cuDNN inside
-                continue
-            row = [cell.removesuffix(" D=128"), r["how"]]
+            row = [cell.removesuffix(" D=128"), peer_name(r["how"])]
             for name in ("forward", "both"):
                 mid, low, high = r[name]
                 over = f"{mid / best[name]:.2f}" if best[name] and is_ours(r) and "bound" not in r["how"] else ""

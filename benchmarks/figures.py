@@ -16,7 +16,7 @@ from benchmarks import across, headline, kernel_table
 from benchmarks.record import RESULTS, load, source, table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/reliability.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/features.md", "docs/reliability.md")
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -188,6 +188,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "long": across.long,
     "fast_kernels": headline.kernels,
     "fast_rings": headline.rings,
+    "fallback": headline.fallback,
+    "slower_kernels": headline.slower_kernels,
+    "slower_rings": headline.slower_rings,
+    "status": headline.status,
     "ring": across.ring,
     "portable": portable,
     "hopper": hopper,

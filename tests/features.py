@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
+from benchmarks import headline
 from distflash.kernels import adapters
+from distflash.kernels.adapters import flash
 from distflash.kernels.base import Problem
 from distflash.kernels.select import KERNELS, _load
 from distflash.parallel.slices import Slices
@@ -45,14 +47,14 @@ FEATURES = {
     "window inside documents": Feature({"causal": True, "window_size": (3, 0), "documents": DOCUMENTS}),
     "Slices: prefix-LM": Feature({"mask": Slices.prefix_lm(S, 9)}),
     "Slices: sinks and a window": Feature({"mask": Slices.sinks_and_window(S, 2, 5)}),
-    "scale of one's own": Feature({"causal": True, "scale": 0.7}),
+    "custom softmax_scale": Feature({"causal": True, "scale": 0.7}),
     "softcap": Feature({"causal": True, "softcap": 1.5}, problem={"variants": ("softcap",)}),
     "ALiBi": Feature({"causal": True, "slopes": torch.tensor([0.5, 0.25, 0.7, 0.1])}, problem={"variants": ("alibi_slopes",)}),
     "dropout": Feature({"causal": True, "dropout_p": 0.3}, problem={"variants": ("dropout_p",)}),
     "grouped heads": Feature({"causal": True}, {"kv_heads": 1}, {"kv_heads": 1}),
-    "values of another head size": Feature({"causal": True}, {"dim": 12, "v_dim": 8}, {"head_dim": 192}),
-    "head size 256": Feature({"causal": True}, {"dim": 256}, {"head_dim": 256, "v_head_dim": 256}),
-    "head size 59": Feature({"causal": True}, {"dim": 59}, {"head_dim": 59, "v_head_dim": 59}),
+    "value head dim differs": Feature({"causal": True}, {"dim": 12, "v_dim": 8}, {"head_dim": 192}),
+    "head dim 256": Feature({"causal": True}, {"dim": 256}, {"head_dim": 256, "v_head_dim": 256}),
+    "head dim 59": Feature({"causal": True}, {"dim": 59}, {"head_dim": 59, "v_head_dim": 59}),
     "deterministic": Feature({"causal": True, "deterministic": True}, problem={"deterministic": True}),
     "fp32": Feature({"causal": True}, {"dtype": torch.float32}, {"dtype": torch.float32}),
     "fp64": Feature({"causal": True}, {"dtype": torch.float64}, {"dtype": torch.float64}),
@@ -104,17 +106,32 @@ def page() -> str:
     reasons: list[str] = []
     text = [
         "# What works where\n",
-        "Written by `python -m tests.features`; a test runs it again and compares. A number is a refusal, its reason below.\n",
+        "Written by `python -m tests.features`; a test runs it again and compares. Numbers refer to the refusals at the end of the page.\n",
+        "## Where it has run\n",
+        f"<!-- figures: status -->\n{headline.status()}<!-- end -->\n",
+        "What was timed is in the [benchmarks](benchmarks.md).\n",
         "## By scheme\n",
-        "Each cell was run: out, lse and every gradient equal fp64 dense attention within the error budget.\n",
+        f"Each cell is a run on CPU threads: {S} tokens, the tiled PyTorch kernel. out, lse and every gradient equal fp64 dense attention"
+        " within the error budget. Schemes do not depend on the kernel, and kernels are tested on their own.\n",
         *_table("feature", SCHEMES, runs, reasons),
         "\n## By kernel\n",
-        'On an H100, every package installed. "auto" takes the first of hopper, triton and eager that says yes; others run by name.\n',
+        "Each cell is the kernel's answer when asked whether it supports this on an H100, in bf16 if not said otherwise, with every package"
+        ' installed; it is not a run. "auto" takes the first of hopper, triton and eager that says yes; the others run by name only.\n',
+        f"<!-- figures: fallback -->\n{headline.fallback()}<!-- end -->\n",
+        "The column fa3 assumes a build of FlashAttention-3 with a backward. The wheel used for the benchmarks has none, and the adapter"
+        f' refuses it: "{_without_backward()}".\n',
         *_table("feature", KERNELS, claims, reasons),
     ]
     if reasons:
         text += ["\n## Refusals\n", *(f"{n}. {reason}" for n, reason in enumerate(reasons, 1))]
     return "\n".join(text) + "\n"
+
+
+def _without_backward() -> str:
+    """What the adapter says of a build of FlashAttention-3 like the one that the benchmarks used."""
+    config = SimpleNamespace(CONFIG={"build_flags": {"FLASHATTENTION_DISABLE_BACKWARD": True}})
+    with mock.patch.object(flash, "_installed", lambda name: True), mock.patch.object(flash, "import_module", lambda name: config):
+        return str(adapters.Fa3Kernel()._missing())
 
 
 def _table(corner: str, columns: Any, cells: dict[tuple[str, str], str], reasons: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""What the pages say is what the results and the code say: figures, Python blocks, the README's tree, the site's pages and links."""
+"""What the pages say is what the results and the code say: figures, Python blocks, the source tree, the site's pages and links."""
 
+import dataclasses
 import re
-from functools import partial
 
 import pytest
 import yaml
@@ -10,27 +10,28 @@ import distflash
 from benchmarks.figures import PAGES as WITH_FIGURES
 from benchmarks.figures import rendered
 from distflash.cost.choose import WIRES
+from distflash.explanation import Explanation
 from distflash.launch.world import shutdown
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
-from distflash.testing import spmd_processes
+from tests.launch.programs import distflash as distflash_command
+from tests.launch.programs import start
 from tests.pages import PAGES, ROOT, blocks, blocks_of, prose
+from tests.running import run
 
 ELSEWHERE = {  # pages whose blocks need more than a process: the test that runs them
     "docs/deepspeed.md": "tests/integrations/test_deepspeed_transformers.py",
     "docs/transformers.md": "tests/integrations/test_accelerate.py",
 }
-BEFORE = {  # what a page takes as given
-    # the graphs are the same, and Inductor's compiler takes half a minute
-    "docs/pytorch.md": "import functools, torch\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')",
-    "docs/reliability.md": "import distflash, torch\nmodel, tokens = torch.nn.Linear(8, 1), torch.randn(8)",
-}
-AFTER = {"README.md": "assert whole.shape == (1, 1000, 8, 64) and loss.ndim == 0"}
 NOT_RUN = {  # every block that carries a reason not to be run
     "docs/migrating.md": ["ring-flash-attn's side", "yunchang's side", "DeepSpeed's side", "PyTorch's side, whose kernels need GPUs"],
 }
 TWO_RANKS = ("README.md", "docs/pytorch.md", "docs/quickstart.md")
-GROUPS = {"docs/pytorch.md"}  # pages that make groups: on two ranks only, in processes of their own
+GROUPS = {"docs/pytorch.md"}  # pages that make groups: on two ranks only
+METHODS = {  # named to mkdocstrings
+    "sp": ("sequence", "seed_dropout", "single", "device"),
+    "seq": ("shard", "unshard", "positions", "indices"),
+}
 HERE = sorted({block.page for block in blocks("python") if not block.not_run} - ELSEWHERE.keys() - GROUPS)
 
 
@@ -40,27 +41,19 @@ def test_figures_come_from_the_results(page):
     assert rendered(text) == text, f"{page} is out of date: run python -m benchmarks.figures"
 
 
-def run(page):
-    """The page's Python blocks, one after the other, in one namespace; an error shows the page's own line."""
-    names = {"__name__": page}
-    exec(BEFORE.get(page, ""), names)
+@pytest.mark.parametrize("page", HERE)
+def test_the_python_blocks_of_a_page_run(page):
     try:
-        for block in blocks("python"):
-            if block.page == page and not block.not_run:
-                exec(compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec"), names)
-        exec(AFTER.get(page, ""), names)
+        run(page)
     finally:
         shutdown()
 
 
-@pytest.mark.parametrize("page", HERE)
-def test_the_python_blocks_of_a_page_run(page):
-    run(page)
-
-
-@pytest.mark.parametrize("page", TWO_RANKS)
-def test_the_same_blocks_run_on_two_ranks(page):
-    spmd_processes(2, partial(run, page))
+def test_the_same_blocks_run_on_two_ranks_as_a_user_starts_them(tmp_path):
+    module = ("-m", "tests.running")  # real processes: forked ones would share the state of random numbers
+    done = start(distflash_command("run", "-n", "2", *module, *TWO_RANKS), tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "holds on" in line] == [f"{page} holds on 2 ranks" for page in TWO_RANKS]
 
 
 @pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
@@ -102,14 +95,14 @@ def test_the_new_side_of_a_diff_is_ours():
         exec(compile("\n" * (block.line - 1) + new, str(ROOT / block.page), "exec"), {})
 
 
-def test_the_layout_in_the_readme_is_the_layout():
-    tree = re.search(r"```\n(distflash/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_the_source_tree_is_the_tree():
+    tree = re.search(r"```\n(distflash/.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)[1]
     folders = ("distflash", "tests", "benchmarks", "docs", "examples")
     there = {*folders, *(path.name for folder in folders for path in (ROOT / folder).rglob("*"))}
     for line in tree.splitlines():
         names = re.match(r" *([^ ].*?)(?:  |$)", line)[1].split()
         for name in names:
-            assert name.rstrip("/") in there, f"the README's tree names {name}, which does not exist"
+            assert name.rstrip("/") in there, f"the tree of docs/architecture.md names {name}, which does not exist"
 
 
 # the site
@@ -141,9 +134,36 @@ def test_every_relative_link_leads_somewhere(page):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}, which does not exist"
 
 
+def anchors(page):
+    """The anchors of a page's headings, as MkDocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_anchor_is_a_heading(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", prose(page)):
+        if "://" not in target:
+            other = (ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT) if target else page
+            assert anchor in anchors(str(other)), f"{page} links to #{anchor} of {other}, which has no such heading"
+
+
 def test_the_api_page_holds_the_public_names():
     named = re.findall(r"^::: distflash\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert sorted(named) == sorted([*distflash.__all__, "testing"])
+
+
+def test_the_api_page_holds_every_attribute_that_pages_use_and_each_exists():
+    api = (ROOT / "docs/api.md").read_text()
+    sp = distflash.SequenceParallel.single("cpu")
+    there = {"sp": sp, "seq": sp.sequence(length=8)}
+    listed = set(re.findall(r"`(sp|seq)\.(\w+)`", api))
+    assert not [f"{kind}.{name}" for kind, name in listed if not hasattr(there[kind], name)]
+    listed |= {("told", field.name) for field in dataclasses.fields(Explanation) if f"`{field.name}`" in api}
+    listed |= {(kind, name) for kind, names in METHODS.items() for name in names}
+    used = {found for block in blocks("python") if not block.not_run for found in re.findall(r"\b(seq|sp|told)\.(\w+)", block.code)}
+    used |= {("told", field.name) for field in dataclasses.fields(Explanation)}
+    assert not used - listed, "add them to docs/api.md"
 
 
 @pytest.mark.parametrize("known", [LAYOUTS, ORDERS, WIRES], ids=["layouts", "orders", "wires"])
