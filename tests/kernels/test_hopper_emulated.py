@@ -71,15 +71,6 @@ def test_every_kind_of_mask(head_dim, deterministic, table):
     judge(backward(*tensors, lse, delta, tiles, scale, deterministic=deterministic), want, torch.bfloat16)
 
 
-@pytest.mark.parametrize("table", ["causal", "window", "documents", "idle rows", "two entries", "one pair"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_keys_that_a_tile_does_not_see_take_part_in_dq_alone(head_dim, table):
-    tiles, scale = TABLES[table], head_dim**-0.5
-    tensors = inputs(tiles, head_dim, head_dim, torch.bfloat16)
-    lse, delta, want = truth(*tensors, tiles, scale)
-    judge(backward(*tensors, lse, delta, tiles, scale, deterministic=False, variant="spare"), want, torch.bfloat16)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("head_dim", "v_head_dim", "deterministic"),
@@ -137,7 +128,7 @@ def test_scales_that_are_not_positive(scale):
     [(64, "kv_in_memory"), (64, "simple"), (64, "nb4"), (128, "early"),
      (64, "prompt"), (64, "named"), (64, "named_early"), (64, "named_simple"), (128, "prompt"), (128, "prompt_early"),
      (128, "named"),
-     (64, "staged"), (64, "late"), (128, "late"), (128, "staged"), (128, "overlap_named"), (64, "spare"), (128, "spare")],
+     (64, "staged"), (64, "late"), (128, "late"), (128, "staged"), (128, "overlap_named")],
 )  # fmt: skip
 def test_variants_of_the_one_pass(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5

@@ -68,15 +68,6 @@ def send_dq(desc_dq, dq_s, dqt, scale, b, h, row, column, PENDING: gl.constexpr,
 
 
 @gluon.jit
-def hand_over(dsf, it, NAMED: gl.constexpr):
-    """dS of step `it` is stored, for the reducer."""
-    if NAMED:
-        named_barrier("arrive", 13 + it % 2, 384)
-    else:
-        mbarrier.arrive(dsf.index(it % 2), count=1)
-
-
-@gluon.jit
 def step(
     cid: gl.constexpr, MASK: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr,
     PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr,
@@ -146,7 +137,10 @@ def step(
         mbarrier.wait(dse.index(it % 2), 1 - ((it // 2) & 1))
         mine.slice(cid * 64, 64, 0).store(ds16)
         fence_async_shared()
-        hand_over(dsf, it, NAMED)
+        if NAMED:
+            named_barrier("arrive", 13 + it % 2, 384)
+        else:
+            mbarrier.arrive(dsf.index(it % 2), count=1)
     dsr = gl.convert_layout(ds16, gl.DotOperandLayout(0, kv_l, 2))
     if DQ == HALVES:
         dqt = warpgroup_mma(kd.permute([1, 0]), mine, zs, use_acc=False, is_async=True)
@@ -184,56 +178,11 @@ def step(
 
 
 @gluon.jit
-def blind(segments, sg, start, stop, n0, BM: gl.constexpr):
-    """Whether none of the tile's queries, from n0 on, sees any of the 64 keys from `start`: key j meets queries j + lo .. j + hi."""
-    at = segments + 8 * sg
-    return (start + gl.load(at + 2) >= n0 + BM) | (start + 63 + gl.load(at + 3) < n0) | (start >= stop)
-
-
-@gluon.jit
-def blind_step(
-    cid: gl.constexpr, OVERLAP: gl.constexpr, FOLD: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr, DQ: gl.constexpr, desc_dq, kb,
-    ks, kd, qb, dsb, dq_s, qf, dsf, qe, doe, dse, s, zs, state, scale, b, h, n0, D: gl.constexpr, NB: gl.constexpr
-):  # fmt: skip
-    """`step` for keys that none of the tile's queries sees: of its products only this consumer's half of dQ, from the other's keys."""
-    state = again(state)
-    it = state & 15
-    slot = it % NB
-    if HIDE:
-        kd = kb.index(again(0)).slice(cid * (D // 2), D // 2, 1)
-    mine = dsb.index(it % 2)
-    if DQ == REDUCER:
-        mbarrier.wait(dse.index(it % 2), 1 - ((it // 2) & 1))
-    if DQ != NONE:
-        mine.slice(cid * 64, 64, 0).store(zs.to(qb.dtype))
-        fence_async_shared()
-    if DQ == HALVES:
-        group_sync(10, 256)
-        theirs: gl.constexpr = 64 - cid * 64
-        k = kd.slice(theirs, 64, 0)
-        dqt = warpgroup_mma(k.permute([1, 0]), mine.slice(theirs, 64, 0), zs, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dqt])
-        send_dq(desc_dq, dq_s, dq, scale, b, h, n0, cid * (D // 2), 0, FOLD)
-    elif DQ == REDUCER:
-        hand_over(dsf, it, NAMED)
-    if OVERLAP:
-        mbarrier.wait(qf.index((it + 1) % NB), ((it + 1) // NB) & 1)
-        st = warpgroup_mma(ks, qb.index((it + 1) % NB).permute([1, 0]), zs, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[st])
-    if NAMED:
-        named_barrier("arrive", 11 + slot, 288)
-    else:
-        mbarrier.arrive(doe.index(slot), count=1)
-        mbarrier.arrive(qe.index(slot), count=1)
-    return s, (state & -16) | ((state + 1) & 15)
-
-
-@gluon.jit
 def consumer(
     cid: gl.constexpr, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks, segments, qs,
     scale, fold, busy, per, kv_heads, group, t_k, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
     NB: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr,
-    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr, SPARE: gl.constexpr
+    PROMPT: gl.constexpr, NAMED: gl.constexpr, HIDE: gl.constexpr
 ):  # fmt: skip
     """Keys cid * 64 .. + 63 of the block."""
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -265,16 +214,10 @@ def consumer(
         masked = total - inner
         for i in range(masked):
             n0 = first + tile_of(i, left, inner, masked) * BM
-            if SPARE and blind(segments, sg, start + cid * 64, stop, n0, BM):
-                s, state = blind_step(
-                    cid, OVERLAP, FOLD, NAMED, HIDE, DQ, desc_dq, kb, ks, kd, qb, dsb, dq_s, qf, dsf, qe, doe, dse, s, zs, state, scale,
-                    b, h, n0, D, NB
-                )  # fmt: skip
-            else:
-                s, dk, dv, state = step(
-                    cid, True, OVERLAP, True, FOLD, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
-                    dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, n0, low, high, D, NB
-                )  # fmt: skip
+            s, dk, dv, state = step(
+                cid, True, OVERLAP, True, FOLD, False, NAMED, HIDE, DQ, desc_dq, kb, vb, ks, vs, kd, qb, dob, st_b,
+                dsb, dq_s, qf, dof, dsf, qe, doe, dse, s, dk, dv, zs, state, qs, scale, fold, b, h, n0, low, high, D, NB
+            )  # fmt: skip
         start, stop, b, h, sg = segment_of(state >> 4, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
         for i in range(left, left + inner):
@@ -330,7 +273,7 @@ def backward_kernel(
     kv_heads, group, t_pad, t_k,
     BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, NB: gl.constexpr, OVERLAP: gl.constexpr,
     LATE: gl.constexpr, FOLD: gl.constexpr, DQ: gl.constexpr, KV_REGS: gl.constexpr, PROMPT: gl.constexpr, NAMED: gl.constexpr,
-    HIDE: gl.constexpr, SPARE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
+    HIDE: gl.constexpr, REGS: gl.constexpr, REGS_R: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: key blocks * kv heads * batch. desc_q, desc_do [B, H, Tq, D] boxes of BM rows; desc_k, desc_v [B, Hk, Tk, D] boxes of 128;
     desc_lse, desc_delta [B * H * t_pad] boxes [BM]; desc_dq fp32 [B, H, Tq, D] boxes [64, 64];
@@ -378,10 +321,10 @@ def backward_kernel(
                  NAMED)),
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SPARE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SPARE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],
@@ -393,10 +336,10 @@ def backward_kernel(
             [
                 (consumer, (0, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SPARE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (consumer, (1, desc_dq, desc_dk, kb, vb, qb, dob, st_b, dsb, dqb, kvf, qf, dof, dsf, qe, doe, dse, DK, DV, blocks,
                  segments, qs, scale, fold, busy, per, kv_heads, group, t_k, BM, D, COLUMNS, COLUMNS_V, NB, OVERLAP, LATE, FOLD, DQ,
-                 KV_REGS, PROMPT, NAMED, HIDE, SPARE)),
+                 KV_REGS, PROMPT, NAMED, HIDE)),
                 (producer, (desc_q, desc_k, desc_v, desc_do, desc_lse, desc_delta, desc_dk, desc_dv, kb, vb, qb, dob, st_b, kvf, qf, dof,
                  qe, doe, blocks, segments, busy, per, kv_heads, group, t_pad, t_k, 128, BM, D, D, NB, OVERLAP, NAMED)),
             ],

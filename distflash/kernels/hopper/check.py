@@ -84,7 +84,7 @@ def keys_source(sides: Sides, c: KeysConfig, dtype: str = "bf16", out: str = "bf
     (d, _), columns = sides, columns or sides
     constants = {"BM": c.block_m, "D": d, "COLUMNS": columns[0], "COLUMNS_V": columns[1], "NB": c.stages, "OVERLAP": c.overlap}
     constants |= {"LATE": c.late, "FOLD": dtype == "bf16", "DQ": c.dq if dq else configs.NONE, "KV_REGS": c.kv_regs}
-    constants |= {"PROMPT": c.prompt, "NAMED": c.named, "HIDE": c.hide, "SPARE": c.spare}
+    constants |= {"PROMPT": c.prompt, "NAMED": c.named, "HIDE": c.hide}
     constants |= {"REGS": c.regs[0], "REGS_R": c.regs[1], "REGS_P": c.regs[2]}
     signature = _key_signature(sides, c, dtype, out)
     adds = _descriptor([1, 1, 64, 64], "fp32")

@@ -46,7 +46,6 @@ class KeysConfig:
     named: bool = False  # Q and dO are given back together, at a named barrier
     staged: bool = False  # dK and dV leave through buffers of Q and dO by TMA where they can
     hide: bool = False  # where K and V lie is not kept in registers from step to step
-    spare: bool = False  # 64 keys that none of a step's queries sees take part in dQ alone
     regs: tuple[int, int, int] = (240, 0, 24)  # consumer, reducer, producer
     max_regs: int = 168
     keys = 128
@@ -95,7 +94,9 @@ _AHEAD = {"q_stages": 2, "ahead": True}
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True) if not LATER else ForwardConfig(2, 128, 3),
     (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True, one_bound=True),
-    (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
+    (128, 128): ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True)
+    if not LATER
+    else ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     (192, 128): ForwardConfig(2, 128, 2),
     (192, 192): ForwardConfig(2, 64, 3, one_bound=True),
     (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True),
@@ -131,7 +132,7 @@ FORWARD_VARIANTS = {
         "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True, one_bound=True),
         "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True),
         "named": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True, named=True),
-        "named_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True),
+        "pingpong": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     },
     (192, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -183,9 +184,6 @@ BACKWARD_VARIANTS = {
         "named_simple": replace(_64, one_pass=KeysConfig(64, 2, False, False, kv_regs=True, prompt=True, named=True, **_REDUCER)),
         "staged": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, staged=True, **_REDUCER)),
         "late": replace(_64, one_pass=KeysConfig(64, 2, overlap=True, late=True, kv_regs=True, **_REDUCER)),
-        "spare": replace(
-            _64, one_pass=KeysConfig(64, 2, True, False, kv_regs=True, prompt=True, named=True, staged=True, spare=True, **_REDUCER)
-        ),
         "two": replace(_64, one_pass=None),
         "two_m128": replace(_64, one_pass=None, dkv=KeysConfig(128, 2, overlap=False, late=False)),
     },
@@ -200,7 +198,6 @@ BACKWARD_VARIANTS = {
         "staged": replace(_128, one_pass=KeysConfig(64, 2, overlap=False, late=True, hide=True, staged=True)),
         "overlap_hide": replace(_128, one_pass=KeysConfig(64, 2, overlap=True, late=True, hide=True, staged=True)),
         "overlap_named": replace(_128, one_pass=KeysConfig(64, 2, True, True, prompt=True, hide=True, named=True, staged=True)),
-        "spare": replace(_128, one_pass=KeysConfig(64, 2, False, True, prompt=True, hide=True, named=True, staged=True, spare=True)),
         "two": replace(_128, one_pass=None),
         "two_overlap": replace(_128, one_pass=None, dkv=KeysConfig(64, 2, overlap=True, late=True)),
         "two_n64": replace(_128, one_pass=None, dq=RowsConfig(64, 2, 2)),

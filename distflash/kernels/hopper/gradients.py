@@ -93,7 +93,7 @@ def _keys(config: KeysConfig, x: _Inputs, dtype: torch.dtype, dq: Tensor | None 
             dk, dv, work.blocks, work.segments, *x.scales,
             work.busy, heads_at_once(B * Hk, 8 * Tq * D * H // Hk), Hk, H // Hk, x.nlse.shape[1], Tk,
             m, side, D, Dv, config.stages, config.overlap, config.late, x.q.dtype == torch.bfloat16,
-            NONE if dq is None else config.dq, config.kv_regs, config.prompt, config.named, config.hide, config.spare,
+            NONE if dq is None else config.dq, config.kv_regs, config.prompt, config.named, config.hide,
             *config.regs,
             num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
