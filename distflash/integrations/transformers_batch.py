@@ -30,7 +30,8 @@ def shard(batch: Mapping[str, Any], sp: SequenceParallel, *, group: dist.Process
     Args:
         batch: input_ids (B, S) or inputs_embeds (B, S, ...); if there are any, attention_mask (B, S), 0 at padding; position_ids
             (B or 1, S), which start anew where a document begins; cu_seq_lens_q with B = 1; labels (B, S), or shift_labels that
-            are shifted already, those of padding do not count; num_items_in_batch, if more than this batch makes one step.
+            are shifted already, those of padding do not count; num_items_in_batch, if more than this batch makes one step: the
+            labels of all ranks of `group`, which has to be given where it is more than `sp`'s.
         sp: what the model was enabled with.
         group: the ranks over which gradients are averaged, where those are more than `sp`'s: data x sequence parallel ranks.
 

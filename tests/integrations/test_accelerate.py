@@ -22,8 +22,9 @@ from distflash.integrations.transformers import IGNORE, enable, shard
 from distflash.launch.world import shutdown
 from distflash.testing import spmd_processes
 from tests.integrations.test_transformers import VOCABULARY, step, tiny
+from tests.pages import ROOT, blocks_of
 
-ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/transformers.md").read_text()
 
 
 class Ordered(transformers.Trainer):
@@ -184,6 +185,37 @@ def test_labels_are_counted_over_data_and_sequence_parallel_ranks():
         torch.testing.assert_close(torch.cat([g.flatten() for g in theirs]).float(), grads, rtol=1e-4, atol=1e-5)
 
 
+def test_the_recipe_for_several_batches_gives_the_gradients_of_one_process():
+    (code,) = (block.code for block in blocks_of(PAGE) if "num_items_in_batch" in block.code)
+    recipe = code.replace("[batch, batch]", "batches")
+    assert recipe != code
+    torch.manual_seed(0)
+    model = tiny("Llama")
+    collate = transformers.DataCollatorWithFlattening()
+    held = [[collate(samples()[n : n + 2]) for n in (first, first + 2)] for first in (0, 4)]  # by each data parallel rank
+
+    def rank() -> Tensor:
+        world = torch.distributed.group.WORLD
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+        sp = distflash.SequenceParallel(mesh["sp"])
+        enable(model, sp)
+        batches = held[torch.distributed.get_rank(world) // 2]
+        exec(recipe, {"torch": torch, "model": model, "sp": sp, "shard": shard, "world": world, "batches": batches})
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.distributed.all_reduce(grads)
+        return grads / 4
+
+    every = [batch for batches in held for batch in batches]
+    count = torch.tensor(sum(int((b["labels"][:, 1:] != IGNORE).sum()) for b in every))
+    grads = sum(
+        torch.cat([g.flatten() for g in step(model, {**batch, "use_cache": False, "num_items_in_batch": count})[1].values()])
+        for batch in every
+    )
+    model.zero_grad()
+    for mine in in_world(4, rank):
+        torch.testing.assert_close(mine.float(), grads, rtol=1e-4, atol=1e-5)
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter(range(8))
@@ -232,20 +264,32 @@ def test_predictions_are_refused_and_one_process_needs_no_launcher(tmp_path):
 
 
 def test_the_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformers.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     try:
-        for block in blocks:
-            exec(block, names)
+        for block in blocks_of(PAGE):
+            exec(block.code, names)
         assert names["logits"].shape == (1, 24, 256)
         assert names["trainer"].state.global_step == 2
     finally:
         shutdown()
 
 
-def test_the_example_learns_on_two_ranks():
-    command = [sys.executable, "-m", "distflash", "run", "-n", "2", str(ROOT / "examples/hf_sft.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+def run_on_two_ranks(script: Path) -> str:
+    """What a program prints as two processes of their own: forked ones would draw the same random numbers."""
+    command = [sys.executable, "-m", "distflash", "run", "-n", "2", str(script)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    before, after = map(float, re.search(r"2 ranks, cpu: .* (\d\.\d+), after training (\d\.\d+)", done.stdout).groups())
+    return done.stdout
+
+
+def test_the_page_runs_on_two_ranks(tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(block.code for block in blocks_of(PAGE)) + "\nprint(sp.size, 'ranks, step', trainer.state.global_step)\n")
+    assert run_on_two_ranks(script).count("2 ranks, step 2") == 2
+
+
+def test_the_example_learns_on_two_ranks():
+    said = run_on_two_ranks(ROOT / "examples/hf_sft.py")
+    before, after = map(float, re.search(r"2 ranks, cpu: .* (\d\.\d+), after training (\d\.\d+)", said).groups())
     assert after < before - 1.5
