@@ -77,11 +77,12 @@ def refuse(wire: Council, check: Check, call: str, error: Exception) -> None:
     Nobody is waited for: where the others do not compare, as for a kind agreed on before, they have gone on.
     """
     journal = wire.journal
-    journal.enter(call, "")
+    journal.enter(call, AGREEING)
     if check != "never":
         journal.rounds += 1
         said = {"call": call, "seq": str(journal.now.call), _REFUSED: f"{type(error).__name__}: {error}"[:_TOLD]}
         wire.post(journal.rounds, json.dumps(said))
+    journal.now = journal.now._replace(doing="")
 
 
 @lru_cache(maxsize=256)
