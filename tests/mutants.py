@@ -488,6 +488,9 @@ MUTANTS = {
     "a job that is started again resumes whatever run is there": Mutant(
         "train/folder.py", ' and file.read_text(errors="replace") == self.job', "",
         "train/test_folder.py::test_a_job_that_is_started_again_goes_on_with_its_own_run_only"),
+    "a gradient that is not finite is stepped with": Mutant(
+        "train/loop.py", '        self.require_finite("norm of the gradient", norm, self.step_done + 1)\n', "",
+        "train/test_loop.py::test_a_gradient_that_is_not_finite_changes_no_parameter[nan]"),
     "a run that was moved aside takes the lock along": Mutant(
         "train/folder.py", "            self._lock = self._locked()\n            if older:", "            if older:",
         "train/test_folder.py::test_the_lock_is_that_of_the_new_folder_after_an_older_run_was_moved_aside"),

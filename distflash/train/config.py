@@ -5,6 +5,7 @@ S sequence length   dp data-parallel ranks   cp ranks that share one sequence   
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -51,10 +52,10 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         for name in ("lr", "clip"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"--{name} must be above 0, got {value}")
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
+            if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name} must be above 0, got {value}: pass a finite number")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}: pass a finite number")
         if self.seed >= 2**31:
             raise ValueError(f"--seed must be below 2**31, got {self.seed}")
         if self.dtype not in DTYPES:
@@ -79,6 +80,6 @@ class TrainConfig:
         return min(2, self.steps) if world_size > 1 and device_type == "cpu" else 0
 
     def identity(self) -> dict[str, object]:
-        """What a run must share with the checkpoint it resumes: the world size and the schemes may change."""
-        names = ("model", "seq_len", "seed", "peak_lr", "warmup", "weight_decay", "clip", "batch", "accumulate")
+        """What a run must share with the checkpoint it resumes: world size, schemes and the optimizer's settings may change."""
+        names = ("model", "seq_len", "seed", "batch", "accumulate")
         return {name: getattr(self, name) for name in names}

@@ -9,6 +9,7 @@ ranks flattened and nothing else: token_mean over all P and adjoint collectives 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from distflash.train.optimize import (
     restore_optimizer,
     set_learning_rate,
 )
-from distflash.train.placement import Placement, build, place, whole
+from distflash.train.placement import Placement, build, local, place, whole
 from distflash.train.report import Report, generate
 
 HELD_OUT = 0.02  # of the bytes
@@ -122,6 +123,7 @@ class Trainer:
         """Clips, steps, clears; returns (gradient norm, learning rate)."""
         config = self.config
         norm = clip_gradients(self.placement, config.clip)
+        self.require_finite("norm of the gradient", norm, self.step_done + 1)
         lr = learning_rate(self.step_done, steps=config.steps, warmup=config.warmup, peak=config.peak_lr)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -129,6 +131,12 @@ class Trainer:
         self.step_done += 1
         self.position += self.windows_a_step
         return norm, lr
+
+    def require_finite(self, what: str, value: float, step: int) -> None:
+        """Raises RuntimeError for a number, the same on every rank, that would make parameters NaN."""
+        if not math.isfinite(value):
+            settings = f"--lr (now {self.config.peak_lr}) or --clip (now {self.config.clip}), or lengthen --warmup"
+            raise RuntimeError(f"the {what} is {value} at step {step}: lower {settings}, and continue with --resume")
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -144,7 +152,7 @@ class Trainer:
         return total[0] / max(1, total[1])
 
     def save(self, root: Path) -> None:
-        """Writes a checkpoint; every rank must take part."""
+        """Writes a checkpoint; every rank must take part. Raises RuntimeError if a parameter is not finite: the older one stays."""
         state = {
             "step": self.step_done,
             "position": self.position,
@@ -155,6 +163,9 @@ class Trainer:
         }
         rest = optimizer_tensors(self.optimizer, self.placement.model) | {"random.cpu": torch.get_rng_state()}
         files = {"model": dict(self.placement.model.named_parameters()), "optimizer": rest}
+        odd = sum(not local(tensor).isfinite().all() for tensors in files.values() for tensor in tensors.values())
+        (odd,) = global_sums([int(odd)], self.mesh.group, self.world.device)
+        self.require_finite("value of a parameter or a moment", math.nan if odd else 0.0, self.step_done)
         agree = lambda good: not global_sums([int(not good)], self.mesh.group, self.world.device)[0]  # noqa: E731
         ckpt.save(root, state, files, gather=whole, is_main=self.world.is_main, world_size=self.world.size, agree=agree)
 
@@ -174,11 +185,15 @@ class Trainer:
                 restore_optimizer(self.optimizer, parameter, moments, saved.step)
             torch.set_rng_state(rest.get_tensor("random.cpu"))
         self.step_done, self.position = saved.step, int(saved.state["position"])
+        for name in ("lr", "warmup", "weight_decay", "clip"):
+            if (was := saved.state["options"][name]) != (now := getattr(self.config, name)):
+                self.say(f"--{name.replace('_', '-')} was {was} until step {saved.step}, and is {now} from here on")
         return True
 
     def _require_same_run(self, saved: ckpt.Checkpoint) -> None:
         here = self.config.identity()
-        other = {k: (v, here.get(k)) for k, v in saved.state["run"].items() if v != here.get(k)}
+        there = saved.state["run"]
+        other = {k: (there.get(k), v) for k, v in here.items() if v != there.get(k)}
         if saved.state["data"] != self.digest:
             other["data (SHA-256)"] = (saved.state["data"][:12], self.digest[:12])
         if other:
@@ -299,8 +314,7 @@ def train_steps(trainer: Trainer, report: Report, comparison: Comparison | None)
         clock = time.perf_counter()
         loss, tokens, attention = trainer.backward()
         seconds = time.perf_counter() - clock
-        if loss != loss:  # the same on every rank
-            raise RuntimeError(f"the loss is nan at step {trainer.step_done + 1}: lower --lr (now {config.peak_lr}) or lengthen --warmup")
+        trainer.require_finite("loss", loss, trainer.step_done + 1)
         if comparison:
             comparison.step(loss)
             if comparison.left == 0:

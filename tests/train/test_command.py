@@ -40,6 +40,10 @@ def test_a_config_survives_its_command_line(monkeypatch):
     [
         (["--steps=0"], "--steps must be at least 1, got 0"),
         (["--lr=0"], "--lr must be above 0, got 0.0"),
+        (["--lr=inf"], "--lr must be above 0, got inf"),
+        (["--clip=nan"], "--clip must be above 0, got nan"),
+        (["--weight-decay=nan"], "--weight-decay must not be negative, got nan"),
+        (["--weight-decay=inf"], "--weight-decay must not be negative, got inf"),
         (["--dtype=int8"], "no dtype 'int8'"),
         (["--ulysses=many"], "--ulysses must be auto or a number, got 'many'"),
         (["--model=huge", "--nproc=2"], "no model 'huge'"),

@@ -16,7 +16,7 @@ from distflash.testing import spmd_processes
 from distflash.train.checkpoint import CheckpointError
 from distflash.train.loop import Trainer, run
 from distflash.train.optimize import learning_rate, make_optimizer
-from distflash.train.placement import Replicas, whole
+from distflash.train.placement import Replicas, local, whole
 from distflash.train.report import read_metrics
 
 METRICS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "ms", "attention_tflops", "peak_memory_gb", "windows"}
@@ -271,3 +271,51 @@ def test_the_library_is_called_with_the_schemes_asked_for(small_run, world_of):
         assert (sp.layout, sp.order, sp.ulysses, sp.staging) == ("contiguous", "all_gather", 2, 1 << 20)
 
     spmd_processes(2, start)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_changes_no_parameter(small_run, world, monkeypatch, bad):
+    trainer = Trainer(small_run(), world, print)
+    trainer.backward()
+    parameters = list(trainer.placement.model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    assert parameters[3].grad is not None
+    parameters[3].grad.view(-1)[0] = bad
+    with pytest.raises(RuntimeError, match=r"norm of the gradient is (inf|nan) at step 1: lower --lr"):
+        trainer.update()
+    assert all(map(torch.equal, before, parameters))
+
+
+def test_an_infinite_loss_stops_the_run(small_run, world, monkeypatch):
+    monkeypatch.setattr(Trainer, "backward", lambda self: (float("inf"), 1, 1))
+    with pytest.raises(RuntimeError, match="loss is inf at step 1"):
+        run(small_run(), world)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_parameters_that_are_not_finite_are_no_checkpoint_on_any_rank(small_run, world_of, shard):
+    config = small_run(cp=2, shard=shard)
+
+    def start():
+        trainer = Trainer(config, world_of(), print)
+        trainer.backward()
+        trainer.update()
+        trainer.save(Path(config.out))
+        trainer.backward()
+        trainer.update()
+        parameter = local(next(iter(trainer.placement.model.parameters()))).detach()
+        if dist.get_rank() == 1:
+            parameter.view(-1)[-1] = float("nan")
+        with pytest.raises(RuntimeError, match="value of a parameter or a moment is nan at step 2"):
+            trainer.save(Path(config.out))
+
+    spmd_processes(2, start)
+    assert [p.name for p in Path(config.out).glob("*step-*")] == ["step-00000001"]
+
+
+def test_what_an_error_advises_is_possible_another_learning_rate_resumes_the_run(small_run, world, capsys):
+    run(small_run(steps=3, validate=0, sample=0), world)
+    lower = small_run(steps=4, validate=0, sample=0, resume=True, lr=1e-3, warmup=3, clip=0.5, weight_decay=0.2)
+    assert run(lower, world) == 0
+    said = capsys.readouterr().out
+    assert "--lr was 0.003 until step 3, and is 0.001 from here on" in said and "--weight-decay was 0.1 until step 3" in said
