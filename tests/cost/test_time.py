@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.record import RESULTS
 from distflash.cost.devices import DEVICES, Device, Link, Rate, find, network
 from distflash.cost.time import Cluster, Rank, compute_seconds
 from distflash.cost.traffic import PASSES, Scheme, Shape, steps
@@ -77,6 +76,8 @@ def test_drag_is_paid_for_the_time_that_kernels_run_beside_a_transfer():
 
 def test_the_kernels_rates_are_those_that_were_measured():
     """Every cell of benchmarks/results: seconds within 15 %, the median within 3 %."""
+    from benchmarks.record import RESULTS  # a mutant has no benchmarks
+
     rows = json.loads((RESULTS / "kernels_h100_80gb_hbm3.json").read_text())["rows"]
     errors = []
     for r in rows:
