@@ -15,7 +15,7 @@ PARTS = {
     "d256": "head dim 256",
     "ragged": "64 documents, head dim 128",
 }
-PEERS = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention"}
+PEERS = kernel_table.NAMES
 COMPILED_ONLY = ("sm_80", "sm_100", "gfx942")
 AUTO = "zigzag, ring, symmetric"  # what "auto" takes for these cells
 # behind flash-attn's names in ring-flash-attn and yunchang, by what the benchmark calls it
@@ -34,18 +34,18 @@ def kernels() -> str:
     cells = max(s["cells"] for s in result["summary"])
     told = "Ratio of this library's TFLOP/s to the fastest peer's in the same cell: geometric mean and least of "
     told += f"{cells} cells (2,048 to 32,768 tokens, causal and full, bf16), of one cell for documents. "
-    told += f"A peer is faster in {_faster_peers(result)}.\n\nPeers with a figure: {_peers(result['rows'])}. {versions(result)}"
+    told += f"A peer is faster in {_faster_peers(result)}.\n\nPeers with a figure:\n\n{_peers(result['rows'])}\n{versions(result)}"
     return table(("", "forward", "backward"), rows) + f"\n{told}" + source(result)
 
 
 def _peers(rows: kernel_table.Rows) -> str:
     """By pass, the peers that were measured, dense cells and documents apart."""
-    told = []
+    told = ""
     for direction in kernel_table.DIRECTIONS:
-        for part, where in ((False, ""), (True, ", documents")):
-            measured = {r["kernel"] for r in rows if r["pass"] == direction and (r["part"] == "ragged") == part and "tflops" in r}
-            told.append(f"{direction}{where}: {', '.join(PEERS[name] for name in PEERS if name in measured)}")
-    return "; ".join(told)
+        for documents, where in ((False, "dense"), (True, "documents")):
+            measured = {r["kernel"] for r in rows if r["pass"] == direction and (r["part"] == "ragged") == documents and "tflops" in r}
+            told += f"- {direction}, {where}: {', '.join(PEERS[name] for name in PEERS if name in measured)}\n"
+    return told
 
 
 def _faster_peers(result: dict[str, Any]) -> str:

@@ -117,8 +117,12 @@ def _table(head: list[str], body: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *body))
 
 
+TITLES = {"d64": "D = 64", "d128": "D = 128", "d256": "D = 256", "gqa": "D = 128, 32 over 8 heads"}
+NAMES = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention"}
+
+
 def plot(rows: Rows, title: str, path: Path) -> None:
-    """TFLOP/s over S: a panel a part and direction, a colour a kernel; causal drawn through, full dashed."""
+    """TFLOP/s over S: a column for each part, a row for each direction and mask, a colour for each kernel; causal solid, full dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,29 +131,36 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     by_cell = cells(rows)
     parts = [part for part in dict.fromkeys(key[0] for key in by_cell) if len({S for p, _, S, _ in by_cell if p == part}) > 1]
     names = [OURS, *(peer for peer in PEERS if any("tflops" in cell.get(peer, {}) for cell in by_cell.values()))]
-    figure, axes = plt.subplots(2, len(parts), figsize=(3.4 * len(parts), 6), sharex=True, sharey="row", squeeze=False)
-    for line, direction in enumerate(DIRECTIONS):
-        for column, part in enumerate(parts):
-            axis = axes[line][column]
+    panels = [(direction, causal) for direction in DIRECTIONS for causal in (True, False)]
+    figure, axes = plt.subplots(
+        len(panels), len(parts), figsize=(3.6 * len(parts), 2.7 * len(panels)), sharex=True, sharey=True, squeeze=False
+    )
+    for line, (direction, causal) in zip(axes, panels, strict=True):
+        for axis, part in zip(line, parts, strict=True):
+            lengths = sorted({S for p, d, S, c in by_cell if (p, d, c) == (part, direction, causal)})
             for number, name in enumerate(names):
-                for causal, style in ((True, "-"), (False, "--")):
-                    points = [
-                        (S, cell[name]["tflops"])
-                        for (p, d, S, c), cell in by_cell.items()
-                        if (p, d, c) == (part, direction, causal) and "tflops" in cell.get(name, {})
-                    ]
-                    if points:
-                        width = 2 if name == OURS else 1
-                        axis.plot(*zip(*points, strict=True), style, color=f"C{number}", linewidth=width, marker="o", markersize=3,
-                                  label=name if causal else None)  # fmt: skip
+                found = [(S, by_cell[part, direction, S, causal].get(name, {}).get("tflops")) for S in lengths]
+                points = [(S, speed) for S, speed in found if speed]
+                if points:
+                    first = name == OURS
+                    axis.plot(*zip(*points, strict=True), "-" if causal else "--", color=f"C{number}", linewidth=2.5 if first else 1.2,
+                              marker="o", markersize=4, zorder=3 if first else 2)  # fmt: skip
             axis.set_xscale("log", base=2)
-            axis.set_title(f"{part}, {direction}", fontsize=9)
+            axis.set_xticks(lengths, [f"{S // 1024}k" for S in lengths])
+            axis.minorticks_off()
+            axis.set_title(f"{TITLES.get(part, part)}, {direction}, {'causal' if causal else 'full'}", fontsize=10)
             axis.grid(alpha=0.3)
-        axes[line][0].set_ylim(bottom=0)  # shared by the row: once all of it is drawn
-        axes[line][0].set_ylabel("TFLOP/s")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(names), fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+        line[0].set_ylabel("TFLOP/s")
+    axes[0][0].set_ylim(bottom=0)  # shared: once all of it is drawn
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens per sequence")
+    handles = [
+        plt.Line2D([], [], color=f"C{n}", linewidth=2.5 if name == OURS else 1.2, marker="o", markersize=4) for n, name in enumerate(names)
+    ]
+    figure.legend(
+        handles, ["DistFlash" if name == OURS else NAMES[name] for name in names], loc="lower center", ncol=len(names), fontsize=10
+    )
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.99))
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -7,8 +7,8 @@ from benchmarks.record import load
 
 
 def test_a_pass_names_the_peers_that_have_a_figure_in_it_and_no_others():
-    told = dict(part.split(": ") for part in headline._peers(load(headline.KERNELS)["rows"]).split("; "))
-    assert "FlashAttention-3" in told["forward"] and "FlashAttention-3" not in told["backward"]
+    told = dict(line.removeprefix("- ").split(": ") for line in headline._peers(load(headline.KERNELS)["rows"]).splitlines())
+    assert "FlashAttention-3" in told["forward, dense"] and "FlashAttention-3" not in told["backward, dense"]
     assert told["backward, documents"] == "FlashAttention-4, FlashAttention-2"
 
 
