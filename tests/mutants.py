@@ -166,6 +166,8 @@ MUTANTS = {
     "a part of out overwrites the one that is leaving": Mutant(
         "kernels/hopper/out.py", "        if OWN:\n            tma.store_wait(0)\n", "",
         "kernels/test_hopper_forward.py::test_rows_that_share_a_box_of_out_with_another_document_are_left_alone"),
+    "kernels read the queries that see nothing": Mutant(
+        "parallel/autograd.py", "if self.blind:", "if not self.scale:", "parallel/test_unseen.py"),
     "kernels read keys that nobody sees": Mutant(
         "parallel/autograd.py", "if not self.unseen:", "if self.scale:", "parallel/test_unseen.py"),
     # layout, mask, plan
@@ -491,6 +493,9 @@ MUTANTS = {
     "a gradient that is not finite is stepped with": Mutant(
         "train/loop.py", '        self.require_finite("norm of the gradient", norm, self.step_done + 1)\n', "",
         "train/test_loop.py::test_a_gradient_that_is_not_finite_changes_no_parameter[nan]"),
+    "whatever a rank starts is tied to the launcher": Mutant(
+        "launch/parent.py", "if os.environ.get(LAUNCHER) == str(os.getppid()):", "if LAUNCHER in os.environ:",
+        "launch/test_parent.py::test_only_ranks_themselves_are_tied"),
     "a run that was moved aside takes the lock along": Mutant(
         "train/folder.py", "            self._lock = self._locked()\n            if older:", "            if older:",
         "train/test_folder.py::test_the_lock_is_that_of_the_new_folder_after_an_older_run_was_moved_aside"),

@@ -20,7 +20,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from distflash.kernels.base import Dropout, Kernel, Partial, Scores, accumulator
 from distflash.parallel import handles, ring
 from distflash.parallel.all_to_all import around
+from distflash.parallel.mask import blind
 from distflash.parallel.plan import Visit
 from distflash.parallel.positions import Positions
 from distflash.parallel.ulysses import Ulysses
@@ -90,6 +91,12 @@ class Scheme:
             return k, v
         return k.index_fill(1, (at := _indices(self.unseen, k.device)), 0), v.index_fill(1, at, 0)
 
+    @cached_property
+    def blind(self) -> tuple[range, ...]:
+        """The queries of all visits that see no key. In a backward they and their dout are 0: there may be anything, NaN too, and 0 times
+        a NaN would reach the keys that share a tile with them."""
+        return blind(visit.tiles for visit in self.visits) if self.visits else ()
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, group: int = 0) -> Partial:
         """Attention of this rank's tokens and heads, all that are here; of a group of them, in Ulysses."""
         return ring.forward(self.visits, self.carrier, self.kernel, q, k, v, self.scale, self.asked(q.device, slopes, seed, group))
@@ -99,6 +106,9 @@ class Scheme:
         dkv_dtype: torch.dtype, group: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Its dq, dk, dv."""
+        if self.blind:
+            at = _indices(self.blind, q.device)
+            dout, q, delta = dout.index_fill(1, at, 0), q.index_fill(1, at, 0), delta.index_fill(2, at, 0)
         asked = self.asked(q.device, slopes, seed, group)
         return ring.backward(self.back, self.carrier, self.kernel, dout, q, k, v, lse, delta, self.scale, asked, dkv_dtype=dkv_dtype)
 

@@ -61,11 +61,23 @@ def tiles(q_spans: Sequence[range], kv_spans: Sequence[range], mask: AnyMask) ->
 
 def unseen(tables: Iterable[Tiles]) -> tuple[range, ...]:
     """The keys of which none of these tables, all of the same keys, keeps any; by their storage index."""
-    tables, found, at = list(tables), [], 0
-    for start, stop in sorted({(tile.kv.start, tile.kv.stop) for table in tables for tile in table}):  # cropped: all of it is seen
+    tables = list(tables)
+    return _outside([tile.kv for table in tables for tile in table], tables[0].kv_len)
+
+
+def blind(tables: Iterable[Tiles]) -> tuple[range, ...]:
+    """The queries of which none of these tables, all of the same queries, keeps any; by their storage index."""
+    tables = list(tables)
+    return _outside([tile.q for table in tables for tile in table], tables[0].q_len)
+
+
+def _outside(parts: Iterable[slice], length: int) -> tuple[range, ...]:
+    """What of 0 .. length - 1 is in none of these sides of tiles, which are cropped: all that is in one takes part."""
+    found, at = [], 0
+    for start, stop in sorted({(part.start, part.stop) for part in parts}):
         found.append(range(at, start))
         at = max(at, stop)
-    return tuple(part for part in (*found, range(at, tables[0].kv_len)) if part)
+    return tuple(part for part in (*found, range(at, length)) if part)
 
 
 class Run(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import distflash
 from distflash import preparation
 from distflash.kernels.eager import EagerKernel
-from distflash.parallel.mask import packed, tiles, unseen
+from distflash.parallel.mask import blind, packed, tiles, unseen
 from distflash.parallel.plan import ORDERS
 from distflash.testing import keep_mask, spmd
 from tests.parallel.test_slices import S, disjoint
@@ -25,20 +25,22 @@ class WholeTiles(EagerKernel):
         assert k.isfinite().all() and v.isfinite().all()
         return super().forward(q, k, v, tiles, scale, **options)
 
-    def backward(self, dout, q, k, v, *rest, **options):
-        assert k.isfinite().all() and v.isfinite().all()
-        return super().backward(dout, q, k, v, *rest, **options)
+    def backward(self, dout, q, k, v, lse, delta, *rest, **options):
+        assert all(x.isfinite().all() for x in (dout, q, k, v, delta))
+        return super().backward(dout, q, k, v, lse, delta, *rest, **options)
 
 
 def attended(group, poison, **scheme):
-    """Out and gradients of all ranks' tokens, unseen keys and values being `poison`."""
+    """Out and gradients of all ranks' tokens; `poison` are keys and values that nobody sees, and what belongs to queries that see nothing."""
     sp = distflash.SequenceParallel(group, **scheme) if group else distflash.SequenceParallel.single()
     seq, generator = sp.sequence(S), torch.Generator().manual_seed(1)
     whole = [torch.randn(1, S, 4, 8, generator=generator) for _ in range(4)]
     blank = ~keep_mask(S, S, mask=MASK).any(0)
     assert 0 < blank.sum() < S
-    for x in whole[1:3]:
-        x[:, blank] = poison
+    idle = ~keep_mask(S, S, mask=MASK).any(1)
+    assert 0 < idle.sum() < S
+    for x, where in zip(whole, (idle, blank, blank, idle), strict=True):
+        x[:, where] = poison
     q, k, v, dout = (seq.shard(x) for x in whole)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = distflash.attention(*leaves, seq if group else None, mask=MASK)
@@ -62,10 +64,14 @@ def test_no_kernel_meets_a_key_that_nobody_sees(monkeypatch, ranks, layout):
 
 
 @given(mask=disjoint(), step=st.integers(1, 4))
-def test_the_keys_that_nobody_sees_are_those_without_a_pair(mask, step):
-    blank = (~keep_mask(S, S, mask=mask).any(0)).nonzero().flatten().tolist()
+def test_the_keys_that_nobody_sees_and_the_queries_that_see_nobody_are_those_without_a_pair(mask, step):
+    keep = keep_mask(S, S, mask=mask)
+    blank, idle = ((~keep.any(axis)).nonzero().flatten().tolist() for axis in (0, 1))
     assert [n for part in unseen([packed((0, S), (0, S), mask)]) for n in part] == blank
+    assert [n for part in blind([packed((0, S), (0, S), mask)]) for n in part] == idle
     stripes = [[range(n, S, step)] for n in range(step)]
     for mine in stripes:
         found = unseen([tiles(spans, mine, mask) for spans in stripes])
         assert [mine[0][n] for part in found for n in part] == [n for n in mine[0] if n in blank]
+        found = blind([tiles(mine, spans, mask) for spans in stripes])
+        assert [mine[0][n] for part in found for n in part] == [n for n in mine[0] if n in idle]
