@@ -31,7 +31,7 @@ class WholeTiles(EagerKernel):
 
 
 def attended(group, poison, **scheme):
-    """Out and gradients of all ranks' tokens; `poison` are keys and values that nobody sees, and what belongs to queries that see nothing."""
+    """Out and gradients of all ranks' tokens. Keys and values that nobody sees are `poison`, so is what belongs to idle queries."""
     sp = distflash.SequenceParallel(group, **scheme) if group else distflash.SequenceParallel.single()
     seq, generator = sp.sequence(S), torch.Generator().manual_seed(1)
     whole = [torch.randn(1, S, 4, 8, generator=generator) for _ in range(4)]
