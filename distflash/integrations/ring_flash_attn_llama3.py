@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from distflash.integrations.flash_attn_arguments import Window, check_dims, cu_of, window_of
 from distflash.integrations.ring_flash_attn_schemes import LLAMA3, Returned, attend, parallel, sequence
+from distflash.integrations.transformers_arguments import check_known
 from distflash.parallel.documents import borders
 from distflash.parallel.group import Group
 from distflash.parallel.sequence import SequenceParallel, ShardedSequence
@@ -143,7 +143,9 @@ def _of_a_layer(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,
+    deterministic: bool | None = None,
+    position_ids: Tensor | None = None,  # the model has turned q and k by them: documents are those that were given
+    **others: object,
 ) -> tuple[Tensor, None]:
     """What the layers of a model call; see Transformers' AttentionInterface. Returns (1, T, H, D)."""
     sp = parallel(group, LLAMA3.order)
@@ -153,12 +155,7 @@ def _of_a_layer(
         raise ValueError(
             f"a batch must be one row of packed documents without padding, got {len(query)} rows, attention_mask={attention_mask}"
         )
-    if wanted := [
-        x for x in ("cu_seq_lens_q", "cu_seq_lens_k", "cache", "output_attentions") if others.get(x) is not None and others[x] is not False
-    ]:
-        raise ValueError(
-            f"attention was given {', '.join(wanted)}: documents come from update_ring_flash_attn_params, the rest is not computed"
-        )
+    check_known(others, "documents come from update_ring_flash_attn_params; for the rest use attn_implementation='eager'")
     if s_aux is not None and stride != key.shape[1]:
         raise ValueError(f"attention sinks need heads_k_stride={key.shape[1]}, all key/value heads, got {stride}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -168,6 +165,6 @@ def _of_a_layer(
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, -1)
     out, _ = attend(
         q, k, v, sequence(sp, _DOCUMENTS[sp], LLAMA3), stride, causal=causal, window_size=window, dropout_p=dropout, softmax_scale=scaling,
-        softcap=softcap or 0.0, sinks=s_aux, alibi_slopes=None,
+        softcap=softcap or 0.0, sinks=s_aux, alibi_slopes=None, deterministic=bool(deterministic),
     )  # fmt: skip
     return out.to(query.dtype), None

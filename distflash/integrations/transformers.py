@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from distflash.api import attention
-from distflash.integrations.transformers_batch import CARRIED, IGNORE, SEQUENCE, shard
+from distflash.integrations.transformers_arguments import check_known
+from distflash.integrations.transformers_batch import IGNORE, SEQUENCE, shard
 from distflash.integrations.transformers_masks import Visible, read, unread
 from distflash.kernels.select import KERNELS
 from distflash.parallel.sequence import SequenceParallel, ShardedSequence
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["IGNORE", "SEQUENCE", "enable", "shard"]
-
-# arguments that reach attention and ask nothing of it: what belongs to the loss or to other layers, and what follows from others
-_NOTHING = {
-    *CARRIED, "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_router_logits",
-    "position_embeddings", "shift_labels", "token_type_ids", "use_cache",
-}  # fmt: skip
 
 
 def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str = "auto", deterministic: bool = False) -> None:
@@ -96,9 +91,7 @@ def _attention(
     **others: object,
 ) -> tuple[Tensor, None]:
     """What the layers of a model call; see AttentionInterface. Returns (B, Q, H, D)."""
-    asked = [name for name, x in others.items() if name not in _NOTHING and x is not None and x is not False]
-    if asked:
-        raise ValueError(f"attention was given {', '.join(sorted(asked))}, which it does not compute: use attn_implementation='eager'")
+    check_known(others, "use attn_implementation='eager'")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))  # RoPE may have widened q and k

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distflash.integrations.transformers_arguments import CARRIED
 from distflash.parallel.documents import borders
 from distflash.parallel.sequence import SequenceParallel
 from distflash.ragged import Ragged
 
 IGNORE = -100  # the label of a token that has none, in Transformers' losses
 SEQUENCE = "sharded_sequence"  # the argument of a model's forward under which the ShardedSequence travels to its layers
-CARRIED = {"output_hidden_states", "return_dict"}  # arguments of a forward that mean on a shard what they mean on the whole
 
 
 def shard(batch: Mapping[str, Any], sp: SequenceParallel, *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:

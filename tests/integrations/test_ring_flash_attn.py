@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distflash.integrations import ring_flash_attn as rfa
+from distflash.integrations import ring_flash_attn_llama3 as llama3
 from distflash.integrations import ring_flash_attn_schemes as schemes
 from distflash.parallel import planning, sequence
 from distflash.parallel.layout import lengths
@@ -330,7 +331,7 @@ def test_a_model_of_transformers_computes_flash_attention_2_across_ranks():
     spmd_processes(2, lambda: on_half(*case))
 
 
-def test_a_layer_of_transformers_gets_its_window_softcap_and_sinks():
+def test_a_layer_of_transformers_gets_what_it_asks_for_or_raises(monkeypatch):
     from transformers import AttentionInterface
 
     q, k, v = torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
@@ -347,10 +348,17 @@ def test_a_layer_of_transformers_gets_its_window_softcap_and_sinks():
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
         for asked, words in (
             ({"cu_seq_lens_q": torch.tensor([0, 10])}, "cu_seq_lens_q"),
+            ({"position_bias": torch.zeros(1, 4, 10, 10)}, "position_bias, which it does not compute"),
+            ({"whatever_comes_next": 3}, "whatever_comes_next, which it does not compute"),
             ({"sliding_window": 3, "is_causal": False}, "ambiguous"),
         ):
             with pytest.raises(ValueError, match=words):
                 call(layer, q, k, v, None, **asked)
+        asked = {}
+        monkeypatch.setattr(llama3, "attend", lambda q, *_, **options: (asked.update(options), (q, None))[1])
+        for given in (None, True):
+            call(layer, q, k, v, None, deterministic=given)
+            assert asked["deterministic"] is bool(given)
         rfa.substitute_hf_flash_attn(None, 1)
         with pytest.raises(ValueError, match="sinks need heads_k_stride=2"):
             AttentionInterface._global_mapping["flash_attention_2"](layer, q, k, v, None, s_aux=sinks)

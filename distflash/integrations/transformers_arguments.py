@@ -1,0 +1,19 @@
+"""Arguments that Transformers' models hand to attention beside the ones it computes: those that ask nothing of it, and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+CARRIED = {"output_hidden_states", "return_dict"}  # arguments of a forward that mean on a shard what they mean on the whole
+
+# what belongs to the loss or to other layers, and what follows from others
+_NOTHING = {
+    *CARRIED, "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_router_logits",
+    "position_embeddings", "shift_labels", "token_type_ids", "use_cache",
+}  # fmt: skip
+
+
+def check_known(others: Mapping[str, object], cure: str) -> None:
+    """Raise ValueError on an argument that would change what attention computes, or that nobody knows: it is not ignored."""
+    if asked := sorted(name for name, x in others.items() if name not in _NOTHING and x is not None and x is not False):
+        raise ValueError(f"attention was given {', '.join(asked)}, which it does not compute: {cure}")
