@@ -9,7 +9,7 @@ from benchmarks.record import RESULTS, load, source, table
 
 
 def memory() -> str:
-    """Peak memory of attention at the same tokens a GPU."""
+    """Peak memory of attention at the same number of tokens per GPU."""
     result = load("memory")
     rows = [
         [f"{r['heads']}/{r['kv_heads']}", str(r["ranks"]), r["pass"], f"{r['bytes'] / 2**20:.0f}", f"{r['expected'] / 2**20:.0f}"]
@@ -116,5 +116,5 @@ def _long(result: dict[str, Any]) -> str:
          *(f"{r[name] / 2**30:.2f}" for name in ("peak_bytes", "explained_bytes", "window_bytes"))]
         for r in result["rows"] if r["part"] == "whole"
     ]  # fmt: skip
-    head = ("tokens", "heads", "s: forward, backward", "TFLOP/s a GPU", "peak above the inputs, GiB", "`explain`, GiB", "windows, GiB")
+    head = ("tokens", "heads", "s: forward, backward", "TFLOP/s per GPU", "peak above the inputs, GiB", "`explain`, GiB", "windows, GiB")
     return text + (table(head, whole) if whole else "") + source(result)

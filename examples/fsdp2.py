@@ -1,8 +1,8 @@
-"""Pretraining with FSDP2 over dp x sp ranks: each of dp groups reads its own text, sp ranks share every sequence of it.
+"""Pretraining with FSDP2 on dp x sp ranks: each of the dp groups reads its own text, and its sp ranks share every sequence.
 
-A tiny decoder learns the bytes of sympy's source, which comes with torch. Parameters, gradients and optimizer state are in pieces over
-all ranks; gradients average over all of them, and `token_mean` makes that the gradient of the mean over every token. The same file
-on CPUs and GPUs, with any number of ranks:
+A tiny decoder learns the bytes of sympy's source, which comes with torch. Parameters, gradients and optimizer state are sharded over
+all ranks. Gradients are averaged over all ranks, which with `token_mean` gives the gradient of the mean over all tokens. The same file
+runs on CPUs and GPUs, with any number of ranks:
 
 python examples/fsdp2.py
 distflash run -n 2 examples/fsdp2.py
@@ -26,7 +26,7 @@ parser.add_argument("--sp", type=int, default=0, help="ranks that share one sequ
 parser.add_argument("--model", default="tiny", choices=MODELS)
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--length", type=int, default=1024, help="bytes of a sequence")
-parser.add_argument("--compile", action="store_true", help="every block becomes one graph")
+parser.add_argument("--compile", action="store_true", help="compile every block as one graph")
 asked = parser.parse_args()
 
 world = distflash.init()

@@ -1,4 +1,4 @@
-"""Every rank says where it is, and all of them add up their ranks. The same file under every launcher:
+"""Every rank prints where it runs, and an all-reduce sums the ranks. The same file works under every launcher:
 
 python examples/hello.py
 distflash run -n 2 examples/hello.py

@@ -1,6 +1,6 @@
-"""A long sequence on one device: what masks cost, that it is exact, and how parts of the keys make a whole.
+"""A long sequence on one device: what masks cost, that results are exact, and how attention over parts of the keys is merged.
 
-Cells for an editor that knows # %% (VS Code, PyCharm, Jupytext), or a script; 131,072 tokens on a GPU, 2,048 on a CPU:
+A script, or cells in an editor that knows # %% (VS Code, PyCharm, Jupytext). 131,072 tokens on a GPU, 2,048 on a CPU:
 
 python examples/long_context.py
 """
@@ -22,7 +22,7 @@ print(f"{tokens:,} tokens on {device}: scores of all heads would take {heads * t
 print(distflash.explain(q.shape, k.shape, causal=True, dtype=dtype, device=device))
 
 # %% [markdown]
-# ## What a mask leaves out is not computed
+# ## What a mask hides is not computed
 
 # %%
 masks = {
@@ -35,7 +35,7 @@ masks = {
 
 
 def milliseconds(**asked):
-    """Of the second call: the first one makes the plan, and on a GPU compiles the kernel."""
+    """Time of the second call: the first one makes the plan and, on a GPU, compiles the kernel."""
     for _ in range(2):
         start = time.perf_counter()
         distflash.attention(q, k, v, **asked).sum().item()  # .item() waits for the GPU
@@ -48,7 +48,7 @@ with torch.no_grad():
         print(f"{name:22} {pairs / tokens**2:7.2%} of all pairs  {milliseconds(**asked):8.1f} ms")
 
 # %% [markdown]
-# ## It is exact: the last 16 queries by the formula
+# ## Exactness: the last 16 queries compared with the formula in fp64
 
 # %%
 out, lse = distflash.attention(q, k, v, causal=True, return_lse=True)  # (B, S, H, D), (B, H, S)
@@ -60,7 +60,7 @@ print(
 )
 
 # %% [markdown]
-# ## Keys in two parts, merged by their lse, are the whole: what a ring does between GPUs
+# ## Two halves of the keys, merged by their lse, give the whole: this is what a ring does between GPUs
 
 # %%
 parts = [distflash.attention(q, k[:, half], v[:, half], return_lse=True) for half in (slice(tokens // 2), slice(tokens // 2, None))]

@@ -1,11 +1,11 @@
-"""MPI starts the ranks and carries the data; gloo between CPUs, or NCCL between GPUs, carries attention.
+"""MPI starts the ranks and moves the data; attention communicates over gloo between CPUs and NCCL between GPUs.
 
 mpirun -n 4 python examples/mpi.py
 srun --mpi=pmix -n 4 python examples/mpi.py
 python examples/mpi.py
 
 Rank 0 holds packed documents and broadcasts them. All ranks share them, forward and backward; each compares its tokens with what
-it computes alone, and MPI adds up the gradients. MPI moves numpy's buffers: it need not know of GPUs, and nothing is pickled.
+it computes alone, and MPI sums the gradients. MPI moves numpy buffers, so it need not support GPUs, and nothing is pickled.
 """
 
 import sys
@@ -42,7 +42,7 @@ distflash.token_mean(out.square().mean((1, 2)), seq).backward()
 expected = distflash.attention(*alone.unbind(1), cu_seqlens_q=cu_seqlens, causal=True)  # (S, H, D)
 distflash.token_mean(expected.square().mean((1, 2))).backward()
 
-# the loss is a mean of all ranks' tokens, so the mean of what ranks hold as gradient is the gradient
+# the loss is a mean over the tokens of all ranks, so the mean of the ranks' gradients is its gradient
 gradient = np.empty_like(qkv)
 comm.Allreduce(whole.grad.cpu().numpy() / world.size, gradient, op=MPI.SUM)
 error = np.array([(out - seq.shard(expected, dim=0)).abs().max().item() if seq.local_length else 0.0])
