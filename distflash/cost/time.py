@@ -50,11 +50,6 @@ class Pass(NamedTuple):
     exposed: float  # and those in which nothing does but communication, the drag on kernels included
     tiers: dict[str, float]
 
-    @property
-    def bound(self) -> str:
-        """The tier that nothing beats."""
-        return max(self.tiers, key=lambda name: self.tiers[name])
-
 
 def compute_seconds(step: Step, shape: Shape, device: Device, pass_: str, first: bool, last: bool) -> float:
     """Of one visit's kernel: the slower of FLOPs and HBM, and a launch. 0 where nothing is kept."""
