@@ -11,6 +11,7 @@ from importlib import import_module
 import typer
 
 from distflash.launch.doctor import doctor
+from distflash.launch.parent import end_with_launcher
 from distflash.launch.run import run
 
 LATER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -24,6 +25,7 @@ def _later(name: str, module: str, about: str) -> None:
     """Register a command whose function `name` of `module` is imported when it is called."""
 
     def command(context: typer.Context) -> None:
+        end_with_launcher()
         function: Callable[..., None] = getattr(import_module(module), name)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(help=about)(function)

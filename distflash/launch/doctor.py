@@ -192,7 +192,7 @@ def _mpi() -> dict[str, str | None]:
         return {**facts, "error": "mpi4py is not installed"}
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     try:
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+        child = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         return {**facts, "error": "loading MPI took more than 30 s"}
     said = (child.stdout if child.returncode == 0 else child.stderr).replace("\0", "").strip().splitlines()

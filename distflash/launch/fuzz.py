@@ -29,6 +29,7 @@ from distflash.kernels.base import accumulator
 from distflash.launch import trial
 from distflash.launch.doctor import output, versions
 from distflash.launch.draw import RANKS, SAME_FORM, Case, draw
+from distflash.launch.parent import end_with
 from distflash.launch.trial import SEED, Results, noise_of, truth_of
 from distflash.testing import errors
 
@@ -191,7 +192,7 @@ def _side_by_side(jobs: int, seeds: range, given: Given, until: float) -> Iterat
     gpus = context.SimpleQueue()
     for job in range(jobs):
         gpus.put(visible[job % len(visible)])
-    pool = ProcessPoolExecutor(jobs, context, _place, (gpus,))
+    pool = ProcessPoolExecutor(jobs, context, _place, (gpus, os.getpid()))
     try:
         yield from (done.result() for done in as_completed([pool.submit(_piece, piece, given, until) for piece in pieces(seeds)]))
     finally:
@@ -204,8 +205,9 @@ def pieces(seeds: range) -> list[range]:
     return [range(a, b) for a, b in pairwise((seeds.start, *inner, seeds.stop))]
 
 
-def _place(gpus: SimpleQueue[str]) -> None:
+def _place(gpus: SimpleQueue[str], parent: int) -> None:
     """Before a process of _side_by_side touches a GPU."""
+    end_with(parent)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     torch.set_num_threads(1)
 

@@ -14,16 +14,19 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distflash.launch import rendezvous
 from distflash.launch.heartbeat import EXIT_PEER_LOST
+from distflash.launch.parent import LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+OURS = ["-P", "-m", "distflash"]  # -P: files of the current directory are no modules of ours
 CRASHES = {-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)}
 
 
@@ -54,7 +57,7 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     """Run `python target arguments` on every rank of this host and return the exit code to pass on."""
     from datetime import timedelta
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,6 +66,7 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     listener = rendezvous.listen(rendezvous.LOOPBACK)
     address, port = listener.getsockname()
     store = rendezvous.serve(listener, timedelta(seconds=600))
+    logs = TemporaryDirectory(prefix="distflash-", ignore_cleanup_errors=True)  # of errors; torchrun's own folder would stay
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -73,7 +77,9 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
         rdzv_configs={"rank": 0},
         local_addr=address,
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-u", *target, *arguments)
     except ChildFailedError as error:
@@ -84,7 +90,8 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     finally:
-        del store
+        del os.environ[LAUNCHER], store
+        logs.cleanup()
     return 0
 
 

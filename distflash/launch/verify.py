@@ -98,7 +98,7 @@ def verify(
 
     import distflash
     from distflash.kernels.select import KERNELS
-    from distflash.launch.run import launch
+    from distflash.launch.run import OURS, launch
 
     if kernel is not None and kernel not in KERNELS:
         raise typer.BadParameter(f"--kernel {kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}")
@@ -112,7 +112,7 @@ def verify(
             raise typer.BadParameter("--ranks are threads of one process, --nproc are processes: give one of them")
         given = {"--length": length, "--kernel": kernel, "--fuzz": fuzz, "--record": record and record.absolute()}
         options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-        raise typer.Exit(launch(["-m", "distflash"], ["verify", "--seed", str(seed), *options], nproc))
+        raise typer.Exit(launch(OURS, ["verify", "--seed", str(seed), *options], nproc))
     world = distflash.init()
     if world.size > 1:
         _refuse_alone(jobs, seconds, world.size)
@@ -189,7 +189,7 @@ def schemes(kernels: list[str], sizes: list[int], wires: list[str]) -> Iterator[
         for ranks in sizes:
             for layout in LAYOUTS:
                 for order in ORDERS:
-                    for ulysses in (u for u in range(1, ranks + 1) if ranks % u == 0):
+                    for ulysses in (u for u in range(1, min(ranks, HEADS) + 1) if ranks % u == 0):
                         yield from (Scheme(name, layout, order, ranks, ulysses, wire) for wire in wires[:ranks])
 
 

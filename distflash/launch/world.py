@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from distflash.launch import devices, options, rendezvous
 from distflash.launch.environment import Place, detect
 from distflash.launch.heartbeat import Heartbeat, lost_connection
+from distflash.launch.parent import end_with_launcher
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,7 @@ def init(
     import torch
     import torch.distributed as dist
 
+    end_with_launcher()
     limit = options.checked(backend, timeout, heartbeat, nccl_ctas)
     known = _known(backend)
     if known:

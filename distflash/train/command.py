@@ -66,14 +66,14 @@ def train(  # a command's parameters are its options: as many as there are
 
 def start(config: TrainConfig, nproc: int | None) -> int:
     """Runs the job in this process if a launcher started it or one rank is enough, else on `nproc` new ranks of this host."""
-    from distflash.launch.run import launch, threads
+    from distflash.launch.run import OURS, launch, threads
     from distflash.launch.world import job, launched, restarted
 
     if not launched():
         ranks = nproc or _default_ranks()
         _check_early(config, ranks)
         if ranks > 1:
-            return launch(["-m", "distflash"], ["train", *arguments(config)], ranks)
+            return launch(OURS, ["train", *arguments(config)], ranks)
 
     import torch
 

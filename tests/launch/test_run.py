@@ -1,6 +1,9 @@
 """launch/run.py: `distflash run` and torchrun with real processes. Each launch costs some 5 to 10 s, so they are few."""
 
+import os
 import re
+import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +11,12 @@ import pytest
 
 from distflash.launch import run as runner
 from distflash.launch.heartbeat import EXIT_PEER_LOST
-from tests.launch.programs import distflash, ranks_of, start
+from tests.launch.programs import ROOT, distflash, ranks_of, start
 
 
-def test_ranks_meet_on_loopback_only_and_leave_quietly(tmp_path):
+def test_ranks_meet_on_loopback_only_and_leave_quietly(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     done = start(distflash("run", "-n", "2", "rank.py"), tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = ranks_of(done)
@@ -21,6 +26,7 @@ def test_ranks_meet_on_loopback_only_and_leave_quietly(tmp_path):
         assert "threads None" not in line
         assert line.endswith("listens ['0100007F']")  # 127.0.0.1
     assert done.stderr == ""
+    assert not [*(tmp_path / "temporary").iterdir()]
 
 
 def test_the_launcher_itself_listens_on_loopback_only(tmp_path):
@@ -63,6 +69,34 @@ def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
     assert "DistFlashPeerLost: rank 1 (host " in done.stderr and "; rank 0 was in no call of distflash" in done.stderr
     pid = re.search(r"DistFlashPeerLost: rank 1 .host .*, pid ([0-9]+)", done.stderr)[1]
     assert not Path(f"/proc/{pid}").exists()
+
+
+ALONE = """
+import os, time
+from pathlib import Path
+from distflash.launch import init
+init()
+Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py"), cwd=tmp_path, env=environ, start_new_session=True)
+    wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
+    pid = int((tmp_path / "pid").read_text())
+    launcher.kill()
+    launcher.wait()
+    wait(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text(), 5)  # empty: a zombie
+
+
+def wait(until, seconds):
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def failure(exitcode, time_ns=None, lost_connection=False):

@@ -3,9 +3,12 @@
 import ast
 import hashlib
 import json
+import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,12 +17,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.launcher import api as launcher
+from typer.testing import CliRunner
 
 import distflash
-from distflash.launch import rendezvous, run, world
+from distflash.launch import doctor, rendezvous, run, world
+from distflash.launch.cli import app
 from distflash.launch.environment import Place
 from distflash.testing import spmd
 from distflash.train import checkpoint as ckpt
+from distflash.train import command as train
 from tests.launch.test_rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +164,23 @@ def test_what_ranks_tell_each_other_is_of_bounded_size():
 
     with pytest.raises(AssertionError, match="4 bytes came, 8 were expected"):
         spmd(2, work)
+
+
+def test_files_of_the_current_directory_are_no_modules_of_what_we_start(tmp_path, monkeypatch):
+    for name in ("typer", "mpi4py", "json"):
+        (tmp_path / f"{name}.py").write_text("from pathlib import Path; Path('it ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert "train" in subprocess.run([sys.executable, *run.OURS, "--help"], env=environ, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    doctor._mpi()
+    assert not (tmp_path / "it ran").exists()
+    started = []
+    monkeypatch.setattr(run, "launch", lambda target, words, ranks: started.append((target, words[0])) or 0)
+    monkeypatch.setattr(train, "_check_early", lambda *given: None)
+    for command in (["train", "--nproc=2"], ["verify", "--nproc=2"]):
+        CliRunner().invoke(app, command)
+    assert started == [(run.OURS, "train"), (run.OURS, "verify")]
 
 
 def test_several_hosts_get_a_warning(monkeypatch):

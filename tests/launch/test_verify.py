@@ -63,6 +63,12 @@ def test_what_cannot_be_done_is_said(verify, words, fragments):
     assert all(fragment in result.output for fragment in fragments), result.output
 
 
+def test_more_ranks_than_heads_can_be_tried(verify):
+    result = verify("--ranks", "9", "--length", "24", "--kernel", "eager")
+    assert result.exit_code == 0 and ", 0 out of budget" in result.output, result.output
+    assert {scheme.ulysses for scheme in module.schemes(["eager"], [16], ["p2p"])} == {1, 2, 4, 8}
+
+
 def test_random_problems_are_tried_instead_from_the_seed_on_and_recorded(verify, tmp_path):
     result = verify("--fuzz", "3", "--seed", "5", "--ranks", "2", "--length", "20", "--record", str(tmp_path / "runs.json"))
     assert result.exit_code == 0, result.output
