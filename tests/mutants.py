@@ -304,7 +304,7 @@ MUTANTS = {
         "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
     # agreement
     "ranks do not compare whether gradients will follow": Mutant(
-        "preparation.py", '["gradients"] = needs_gradients(q, k, v)', '["gradients"] = True', f"{AGREE}[gradients]"),
+        "preparation.py", "gradients=needs_gradients(q, k, v) if gradients is None else gradients", "gradients=True", f"{AGREE}[gradients]"),
     "a rank compares its note with one other only": Mutant(
         "parallel/agreement.py", "said.get(name) for said in notes})", "said.get(name) for said in notes[:2]})",
         "parallel/test_agreement.py::test_what_differs_is_named_and_nothing_else"),
