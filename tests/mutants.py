@@ -52,9 +52,7 @@ VARIANT = "test_variants.py::test_each_variant_alone_with_grouped_heads_and_othe
 CLOSED_FORMS = "cost/test_traffic.py::test_the_closed_forms_of_the_field_are_what_the_plan_counts"
 FLASH = "integrations/test_flash_attn.py"
 CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
-LETS_GO = (
-    "launch/test_heartbeat.py::test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdict_is_no_news_to_it"
-)
+LETS_GO = "launch/test_heartbeat.py::test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdict_is_no_news_to_it"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
 AUTOCAST = "parallel/test_autograd.py::test_autocast_outside_of_attention_reaches_nothing_inside"
@@ -304,7 +302,8 @@ MUTANTS = {
         "parallel/test_loss.py::test_what_an_ignored_token_holds_is_not_read_not_even_nan"),
     # agreement
     "ranks do not compare whether gradients will follow": Mutant(
-        "preparation.py", "gradients=needs_gradients(q, k, v) if gradients is None else gradients", "gradients=True", f"{AGREE}[gradients]"),
+        "preparation.py", "gradients=needs_gradients(q, k, v) if gradients is None else gradients", "gradients=True",
+        f"{AGREE}[gradients]"),
     "a rank compares its note with one other only": Mutant(
         "parallel/agreement.py", "said.get(name) for said in notes})", "said.get(name) for said in notes[:2]})",
         "parallel/test_agreement.py::test_what_differs_is_named_and_nothing_else"),
