@@ -33,7 +33,8 @@ else:
 def same_batches(loader: DataLoader, sp: SequenceParallel, *, rank: int, size: int) -> DataLoader:
     """Let a loader that Accelerate prepared for `size` ranks yield the same batches on the ranks of each of their groups.
 
-    Groups are neighbours: ranks 0 .. P - 1 share the first batch, P .. 2 P - 1 the second. The loader is changed and returned.
+    Groups are neighbours: ranks 0 .. P - 1 share the first batch, P .. 2 P - 1 the second. The loader is changed and returned; once is as
+    good as twice, for a Trainer keeps the loaders of persistent workers.
     With one group, no sample of a dataset that has a length is repeated to fill the last batch: there is none beside it.
 
     Raises ValueError if the ranks are no such groups, and for loaders that deal out samples in another way.
@@ -48,13 +49,14 @@ def same_batches(loader: DataLoader, sp: SequenceParallel, *, rank: int, size: i
         return loader
     parts = (loader.batch_sampler, loader.sampler, loader.dataset)
     dealers = [part for part in parts if isinstance(part, (BatchSamplerShard, IterableDatasetShard))]
-    if len(dealers) != 1 or dealers[0].num_processes != size:
+    groups = size // sp.size, rank // sp.size
+    if len(dealers) != 1 or (dealers[0].num_processes, dealers[0].process_index) not in ((size, rank), groups):
         raise ValueError(
             f"{type(loader).__name__} does not deal out batches to {size} ranks: leave samplers that know of ranks out, and set "
             "dispatch_batches to False for an iterable dataset"
         )
     (dealer,) = dealers
-    dealer.num_processes, dealer.process_index = size // sp.size, rank // sp.size
+    dealer.num_processes, dealer.process_index = groups
     if dealer.num_processes == 1 and isinstance(dealer, BatchSamplerShard):
         dealer.even_batches = False
     return loader
@@ -68,8 +70,8 @@ class SequenceParallelTrainer(_Base):
     of all ranks and of all batches that are accumulated, and DDP averages gradients. per_device_train_batch_size counts the
     samples of a group. Evaluation gives the loss.
 
-    Raises ValueError on settings that would compute something else: label smoothing, a loss function of one's own, counting labels
-    by rank, models that do not take a count of labels, or are made anew for each trial, predictions instead of the loss.
+    Raises ValueError on settings that would compute something else: label smoothing, NEFTune, a loss function of one's own, counting
+    labels by rank, models that do not take a count of labels, or are made anew for each trial, predictions instead of the loss.
     """
 
     def __init__(self, *args: Any, sp: SequenceParallel | None = None, attention: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -78,6 +80,7 @@ class SequenceParallelTrainer(_Base):
         ranks, processes = dist.get_world_size() if dist.is_initialized() else 1, self.accelerator.num_processes
         wrong = {
             f"an Accelerator of {processes} processes among {ranks} ranks (on CPUs set use_cpu=True)": processes != ranks,
+            "neftune_noise_alpha, noise that differs with the length of a shard": self.args.neftune_noise_alpha is not None,
             "label_smoothing_factor": self.args.label_smoothing_factor != 0,
             "compute_loss_func": self.compute_loss_func is not None,
             "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,

@@ -139,6 +139,15 @@ def test_ranks_shuffle_alike_however_much_they_draw(tmp_path):
     assert first == second
 
 
+def test_persistent_workers_serve_a_second_evaluation(tmp_path):
+    def rank() -> bool:
+        arguments = settings(str(tmp_path), 1, dataloader_num_workers=1, dataloader_persistent_workers=True)
+        trainer = Shared(tiny("Llama"), arguments, eval_dataset=samples()[:4], data_collator=padding)
+        return trainer.get_eval_dataloader() is trainer.get_eval_dataloader()  # with its workers, if it had run
+
+    assert in_world(2, rank) == [True, True]
+
+
 def accelerated(accelerator: Any, sp: Any) -> list[Tensor]:
     """Parameters after three steps, with Accelerate alone."""
     torch.manual_seed(0)
@@ -235,6 +244,7 @@ def test_groups_get_the_same_batches_and_others_are_refused():
             same_batches(DataLoader(range(8)), sp, rank=me, size=world)
         given = (DataLoader(range(8), batch_size=2), DataLoader(Stream(), batch_size=2))
         loaders = [same_batches(prepare(x, device_placement=n == 0), sp, rank=me, size=world) for n, x in enumerate(given)]
+        loaders = [same_batches(loader, sp, rank=me, size=world) for loader in loaders]  # again, as a Trainer that keeps its loader
         return [[batch.tolist() for batch in loader] for loader in loaders]
 
     first, second = [[0, 1], [4, 5]], [[2, 3], [6, 7]]
@@ -245,6 +255,7 @@ def test_groups_get_the_same_batches_and_others_are_refused():
     ("words", "more", "arguments"),
     [
         ("label_smoothing_factor", {"label_smoothing_factor": 0.1}, {}),
+        ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {}),
         ("average_tokens_across_devices=False", {"average_tokens_across_devices": False}, {}),
         ("compute_loss_func", {}, {"compute_loss_func": lambda *_, **__: None}),
     ],
