@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every benchmark of docs/benchmarks.md that this machine can run, and the paper's, then the figures in the docs."""
+"""`python -m benchmarks`: every benchmark of docs/benchmarks.md that this machine can run, the paper's, and the figures in the docs."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 
 import pytest
 import yaml
@@ -93,6 +94,16 @@ def test_the_new_side_of_a_diff_is_ours():
     for block in blocks("diff"):
         new = "\n".join(line[1:] for line in block.code.splitlines() if not line.startswith("-"))
         exec(compile("\n" * (block.line - 1) + new, str(ROOT / block.page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_requirements_are_those_of_the_package(page):
+    text = (ROOT / page).read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch_needed,) = [needed for needed in project["dependencies"] if needed.startswith("torch")]
+    assert f"Python {project['requires-python'].removeprefix('>=')}" in text and f"PyTorch {torch_needed.removeprefix('torch>=')}" in text
+    known = re.search(r"_KNOWN = \(\((\d+), (\d+)\), \((\d+), (\d+)\)\)", (ROOT / "distflash/kernels/hopper/compat.py").read_text())
+    assert known and "Triton {}.{} to {}.{}".format(*known.groups()) in text
 
 
 def test_the_source_tree_is_the_tree():
