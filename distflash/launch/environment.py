@@ -120,7 +120,7 @@ def _mpi(environ: Environment) -> Place | None:
         if rank not in environ or size not in environ:
             continue
         has_local = local_rank in environ and local_size in environ
-        if rank == "PMI_RANK" and not has_local and _slurm(environ):
+        if rank == "PMI_RANK" and not has_local and environ[size] == environ.get("SLURM_STEP_NUM_TASKS"):
             continue  # srun --mpi=pmi2 sets PMI_* too
         return Place(
             "mpi",
@@ -240,9 +240,9 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: "gpu[003-007,9],login" is "gpu003"."""
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodelist)
-    host = "".join(part or "" for part in match.groups()) if match else ""
+    """The first host of a SLURM node list: "gpu[003-007,9],login" is "gpu003", "rack[0-1]b[2-3]" "rack0b2"."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
+    host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first[0]) if first else ""
     if not HOST.fullmatch(host):
         raise ValueError(f"SLURM_STEP_NODELIST must start with a host name, got {nodelist!r}: export MASTER_ADDR")
     return host

@@ -68,6 +68,9 @@ def meet(place: Place, timeout: timedelta, interface: str | None) -> tuple[Store
     listener = None
     if place.agent_store:
         address, port = _reachable(place)
+    elif place.size == 1 and None in (place.address, place.port, place.local_rank):
+        place, listener = replace(place, local_rank=0, local_size=1), listen(LOOPBACK)  # nobody else comes
+        address, port = LOOPBACK, 0
     elif place.launcher == "mpi" and (place.address is None or place.port is None or place.local_rank is None):
         place, listener = _mpi(place, interface)
         address, port = _reachable(place)

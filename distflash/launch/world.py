@@ -112,7 +112,9 @@ def init(
     known = _known(backend)
     if known:
         if nccl_ctas not in (None, _session.nccl_ctas):
-            raise ValueError(f"init() already joined with nccl_ctas={_session.nccl_ctas}, got {nccl_ctas}: call distflash.shutdown() first")
+            raise ValueError(
+                f"init() already joined with nccl_ctas={_session.nccl_ctas}, got {nccl_ctas}: call distflash.launch.shutdown() first"
+            )
         return known
     if dist.is_available() and dist.is_initialized():
         if nccl_ctas is not None:
@@ -151,7 +153,7 @@ def _known(backend: str | None) -> World | None:
     if world.backend is None and dist.is_available() and dist.is_initialized():
         return None  # a group was created after a single-process init(): adopt it
     if backend is not None and world.backend is not None and backend not in world.backend:
-        raise ValueError(f"init() already joined with backend {world.backend!r}, got {backend!r}: call distflash.shutdown() first")
+        raise ValueError(f"init() already joined with backend {world.backend!r}, got {backend!r}: call distflash.launch.shutdown() first")
     return world
 
 

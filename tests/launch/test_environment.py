@@ -102,6 +102,7 @@ def test_mpi_without_local_ranks_leaves_them_to_mpi():
         {**SLURM, "SLURM_STEP_ID": "4294967291"},  # the batch script
         {k: v for k, v in SLURM.items() if k not in ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS")},  # the batch script, older
         {k: v for k, v in SLURM.items() if k != "SLURM_PROCID"},
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"},  # srun -n 1 --mpi=pmi2
         {"WORLD_SIZE": "1"},
     ],
 )
@@ -173,7 +174,16 @@ def test_host_names_and_addresses_are_accepted(host):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("gpu[003-007,9],login", "gpu003"), ("r1-gpu[1,2]-ib", "r1-gpu1-ib"), ("gpu7,gpu[1-3]", "gpu7")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[003-007,9],login", "gpu003"),
+        ("r1-gpu[1,2]-ib", "r1-gpu1-ib"),
+        ("gpu7,gpu[1-3]", "gpu7"),
+        ("rack[0-1]_blade[0-3]", "rack0_blade0"),
+        ("r[01,3]c[10-12]n,x", "r01c10n"),
+        ("r[1,2],s[3]", "r1"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first

@@ -44,6 +44,30 @@ def test_a_second_call_returns_the_same_world():
     assert init() is init(backend="gloo")
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"CROSS_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},
+    ],
+)
+def test_one_rank_needs_nobody_to_meet(environ, monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    alone = init(timeout=10)
+    assert (alone.rank, alone.size, alone.local_rank, alone.local_size, alone.backend) == (0, 1, 0, 1, "gloo")
+    shutdown()
+
+
 def test_a_group_that_exists_is_adopted_and_left_alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     adopted = init()
@@ -123,7 +147,7 @@ def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked
     assert made["name"] == "nccl" and options.is_high_priority_stream and options._timeout == timedelta(seconds=77)
     assert options.config.max_ctas == ctas and (options.config.min_ctas or 1) <= (ctas or 1)
     assert init(nccl_ctas=ctas).backend == "nccl"
-    with pytest.raises(ValueError, match=f"already joined with nccl_ctas={ctas}, got 7: call distflash.shutdown"):
+    with pytest.raises(ValueError, match=f"already joined with nccl_ctas={ctas}, got 7: call distflash.launch.shutdown"):
         init(nccl_ctas=7)
     shutdown()
 
