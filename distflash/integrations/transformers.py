@@ -2,9 +2,9 @@
 
 Legend: B rows of a batch, S tokens a row, Q queries and K keys a row (without a cache S), H heads, Hk key/value heads, D head dim.
 
-Alone, padding, packed documents, chunks and windows are read off the model's own masks (transformers_masks). Across ranks the
+On one device, padding, packed documents, chunks and windows come from the model's own masks (transformers_masks). Across ranks the
 documents are those of the batch (transformers_batch), whose `ShardedSequence` travels to the layers among the arguments of the
-model's forward, so that a layer that is checkpointed and runs again meets the same one.
+model's forward, so that a checkpointed layer that runs again gets the same one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = ["IGNORE", "SEQUENCE", "enable", "shard"]
 
 
 def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str = "auto", deterministic: bool = False) -> None:
-    """Let all attention of a Transformers model be `distflash.attention`, alone, or across the ranks of `sp`.
+    """Replace all attention of a Transformers model by `distflash.attention`, on one device, or across the ranks of `sp`.
 
-    Alone the model is called as ever: padding, packed documents (positions that start anew, or cu_seq_lens_q), windows, softcap,
-    sinks, dropout, generation with a dynamic cache. With `sp` it is called with batches that come from `shard`; `enable(model)`
-    gives it back its whole sequences, say for generation. `kernel` and `deterministic` are those of `distflash.attention`.
+    Without `sp`, call the model as usual: padding, packed documents (positions that restart, or cu_seq_lens_q), windows, softcap,
+    sinks, dropout, cross-attention, generation with a dynamic cache. With `sp`, call it with batches that come from `shard`;
+    `enable(model)` returns it to whole sequences, say for generation. `kernel` and `deterministic` are those of `distflash.attention`.
 
-    Raises ValueError on models whose attention cannot be exchanged, and with `sp` on models of which a shard of the tokens would
-    be computed wrong: tokens mixed by other layers than attention, positions that the model makes itself, RoPE that depends on the
-    longest position at hand, a loss that is not the mean over next tokens, a router's loss.
+    Raises ValueError on models whose attention cannot be replaced, and with `sp` on models that would compute a shard of the tokens
+    wrong: tokens mixed by other layers than attention, positions that the model makes itself, RoPE that depends on the longest
+    position in the batch, a loss that is not the mean over next tokens, a router's loss.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""What a Transformers model lets its tokens see, as documents and a window: read off the model's own mask function.
+"""What a Transformers model lets its tokens see, as documents and a window, from the model's own mask function.
 
 Legend: B rows of the batch, Q queries a row, K keys a row (the last Q of them are the queries'), H heads, D head dim.
 
