@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distflash.api import attention
-from distflash.integrations.transformers_arguments import check_known
+from distflash.integrations.transformers_arguments import check_borders, check_known
 from distflash.integrations.transformers_batch import IGNORE, SEQUENCE, shard
 from distflash.integrations.transformers_masks import Visible, read, unread
 from distflash.kernels.select import KERNELS
@@ -107,8 +107,7 @@ def _attention(
         return _out(call(q, k, v, sharded_sequence)), None
     if sharded_sequence is not None:
         raise ValueError("the batch comes from shard(), but the model was enabled alone: use enable(model, sp)")
-    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.equal(cu_seq_lens_k, _given(cu_seq_lens_q)):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: documents that attend to others are not computed")
+    check_borders(cu_seq_lens_q, cu_seq_lens_k)
     if cu_seq_lens_q is None:  # those that are given say where documents begin, whatever the positions
         seen.check_positions(position_ids, sharded=False)
     packed = seen.packed(cu_seq_lens_q)
@@ -121,12 +120,6 @@ def _attention(
 def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     assert isinstance(result, Tensor)  # no lse was asked for
     return result
-
-
-def _given(cu_seq_lens_q: Tensor | None) -> Tensor:
-    if cu_seq_lens_q is None:
-        raise ValueError("cu_seq_lens_k was given without cu_seq_lens_q: give both")
-    return cu_seq_lens_q
 
 
 def _visible(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distflash.integrations.transformers_arguments import CARRIED
+from distflash.integrations.transformers_arguments import CARRIED, check_borders
 from distflash.parallel.documents import borders
 from distflash.parallel.sequence import SequenceParallel
 from distflash.ragged import Ragged
@@ -83,9 +83,7 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"shard() does not know how ranks share {', '.join(unknown)}: take it out of the batch, or give it to the model")
     if batch.get("use_cache"):
         raise ValueError("use_cache=True: a cache is not shared between ranks, leave it out")
-    of_q, of_k = (batch.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
-    if of_k is not None and (of_q is None or borders(of_k) != borders(of_q)):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: documents that attend to others are not computed")
+    check_borders(batch.get("cu_seq_lens_q"), batch.get("cu_seq_lens_k"))
     given = [batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None]
     if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].dim() < 2:
         raise ValueError(f"batch must hold input_ids (batch, tokens), or inputs_embeds (batch, tokens, ...), got {sorted(batch)}")

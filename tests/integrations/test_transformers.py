@@ -489,6 +489,7 @@ def test_models_whose_attention_cannot_be_exchanged_are_refused():
         ("position_ids must be", {"position_ids": torch.ones(3, 3, 14)}),
         ("apart only without one", {"position_ids": torch.arange(14)[None] % 5, "attention_mask": torch.ones(3, 14, dtype=torch.long)}),
         ("cu_seq_lens_q and cu_seq_lens_k differ", {"cu_seq_lens_q": torch.tensor([0, 42]), "cu_seq_lens_k": torch.tensor([0, 9, 42])}),
+        ("without cu_seq_lens_q", {"cu_seq_lens_k": torch.tensor([0, 42])}),
         ("must end at the 42 tokens", {"cu_seq_lens_q": torch.tensor([0, 42])}),
         ("without one, but models need one", {"input_ids": torch.ones(1, 1, dtype=torch.long), "labels": None}),
     ],
