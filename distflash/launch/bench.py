@@ -8,6 +8,7 @@ Legend: B batch, S global tokens, H query heads, Hk key/value heads, D head dim,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distflash.launch.early import check_scheme
 from distflash.launch.measure import seconds
 
 if TYPE_CHECKING:
@@ -149,30 +151,57 @@ def bench(
 
     import distflash
 
+    cells = _cells(lengths, heads)
+    try:
+        for wire in wires.split(","):
+            for order in orders.split(","):
+                check_scheme(wire=wire, order=order)
+        if trace is not None:
+            trace.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
     world = distflash.init()
     table = Table(title=f"TFLOP/s a GPU on causal FLOPs, {world.size} ranks: median (lowest to highest)")
     for title in ("problem", "scheme", "forward", "of the bound", "forward and backward", "of the bound"):
         table.add_column(title)
-    for length in map(int, lengths.split(",")):
-        for pair in heads.split(","):
-            query, kv = map(int, pair.split("/"))
-            cell = Cell(length, query, kv)
-            best = bound(world, cell, repeats)
-            found = [ours(world, cell, repeats, wire=wire, order=order) for wire in wires.split(",") for order in orders.split(",")]
-            for one in [best, *found]:
-                table.add_row(*_row(one, best))
-            if trace is not None:
-                _traced(world, trace, cell, wires.split(",")[0])
+    for cell in cells:
+        if cell.length < 2 * world.size:
+            raise typer.BadParameter(f"--lengths must be at least 2 tokens a rank, {2 * world.size}, got {cell.length}")
+    for cell in cells:
+        best = bound(world, cell, repeats)
+        found = [ours(world, cell, repeats, wire=wire, order=order) for wire in wires.split(",") for order in orders.split(",")]
+        for one in [best, *found]:
+            table.add_row(*_row(one, best))
+        if trace is not None:
+            _traced(world, trace, cell, wires.split(",")[0])
     if world.is_main:
         Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def _cells(lengths: str, heads: str) -> list[Cell]:
+    """Every length with every pair of heads."""
+    if not all(re.fullmatch("[0-9]{1,12}", word) and int(word) for word in lengths.split(",")):
+        raise typer.BadParameter(f"--lengths must be positive integers with commas between, as in 4096,8192, got {lengths!r}")
+    if not all(re.fullmatch("[0-9]{1,5}/[0-9]{1,5}", pair) for pair in heads.split(",")):
+        raise typer.BadParameter(f"--heads must be query heads / key and value heads, with commas between, as in 32/32,32/8, got {heads!r}")
+    pairs = [tuple(map(int, pair.split("/"))) for pair in heads.split(",")]
+    for query, kv in pairs:
+        if not kv or not query or query % kv:
+            raise typer.BadParameter(f"--heads: query heads must be a multiple of key and value heads, got {query}/{kv}")
+    return [Cell(int(word), query, kv) for word in lengths.split(",") for query, kv in pairs]
 
 
 def _row(one: Found, best: Found) -> list[str]:
     row = [one.cell, one.how]
     for name in SHARES:
         mid, low, high = getattr(one, name)
-        row += [f"{mid:.0f} ({low:.0f} to {high:.0f})", f"{mid / getattr(best, name)[0]:.1%}"]
+        row += [f"{_rate(mid)} ({_rate(low)} to {_rate(high)})", f"{mid / getattr(best, name)[0]:.1%}"]
     return row
+
+
+def _rate(tflops: float) -> str:
+    """Three digits at least: a CPU's rates are below 1."""
+    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
 
 
 def _traced(world: World, folder: Path, cell: Cell, wire: str) -> None:
@@ -195,7 +224,6 @@ def _traced(world: World, folder: Path, cell: Cell, wire: str) -> None:
         step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-    folder.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(folder / f"S{cell.length}_H{cell.heads}_{cell.kv_heads}_rank{world.rank}.json"))
 
 

@@ -20,6 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
+from distflash.launch.early import check_file
+
 Facts = dict[str, Any]
 
 OLDEST_TORCH = (2, 9)
@@ -60,6 +62,11 @@ def _measure(path: Path) -> None:
     if path.suffix != ".json":
         raise typer.BadParameter(f"--measure writes JSON, and `distflash plan --device` knows such files by their ending: {path}.json")
     world = distflash.init()
+    try:
+        if world.is_main:
+            check_file("--measure", path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     device = measure(world)
     if not world.is_main:
         raise typer.Exit

@@ -29,6 +29,7 @@ from distflash.kernels.base import accumulator
 from distflash.launch import trial
 from distflash.launch.doctor import output, versions
 from distflash.launch.draw import RANKS, SAME_FORM, Case, draw
+from distflash.launch.early import runs_of
 from distflash.launch.parent import end_with
 from distflash.launch.trial import SEED, Results, noise_of, truth_of
 from distflash.testing import errors
@@ -248,7 +249,7 @@ def _commit() -> str | None:
 
 def _append(file: Path, run: dict[str, Any]) -> None:
     """Add a run to the JSON of a file: all of it, or nothing."""
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = runs_of(file)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     part.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
     part.replace(file)

@@ -11,13 +11,15 @@ from distflash.launch.heartbeat import LIMIT
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupNCCL
 
+LONGEST = 1e9  # seconds: clocks count nanoseconds in 64 bits
+
 
 def checked(backend: object, timeout: float, heartbeat: float | None, nccl_ctas: object) -> float:
     """The limit of the heartbeat, see `limit_of`. Raises ValueError on an argument that no job could be given."""
     if backend not in (None, "nccl", "gloo"):
         raise ValueError(f'backend must be "nccl", "gloo" or None, got {backend!r}: pass one of these')
-    if not timeout > 0:
-        raise ValueError(f"timeout must be positive seconds, got {timeout}: pass e.g. 600.0")
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(f"timeout must be positive seconds, at most {LONGEST:.0e}, got {timeout}: pass e.g. 600.0")
     limit = limit_of(heartbeat)
     if nccl_ctas is not None and (isinstance(nccl_ctas, bool) or not isinstance(nccl_ctas, int) or nccl_ctas < 1):
         raise ValueError(f"nccl_ctas must be a positive integer or None (NCCL chooses), got {nccl_ctas!r}: pass e.g. 8")

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distflash.launch.early import runs_of
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -85,7 +87,7 @@ def verify(
         typer.Option(min=8, help="Tokens of a sequence; --fuzz: at most.  [default: 1021 on a GPU, 157 on CPU]", show_default=False),
     ] = None,
     kernel: Annotated[str | None, typer.Option(help="This kernel alone.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs and the documents; --fuzz: of the first case.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the inputs and the documents; --fuzz: of the first case.")] = 0,
     fuzz: Annotated[int | None, typer.Option(min=1, help="Try so many random cases instead, one a seed.", show_default=False)] = None,
     record: Annotated[Path | None, typer.Option(help="Append what --fuzz found to this JSON file.", show_default=False)] = None,
     jobs: Annotated[
@@ -99,6 +101,7 @@ def verify(
     import distflash
     from distflash.kernels.select import KERNELS
     from distflash.launch.run import OURS, launch
+    from distflash.launch.world import launched
 
     if kernel is not None and kernel not in KERNELS:
         raise typer.BadParameter(f"--kernel {kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}")
@@ -106,6 +109,8 @@ def verify(
         if value is not None and fuzz is None:
             raise typer.BadParameter(f"{name} {value} says how --fuzz N works: give both")
     sizes = _sizes(ranks or "1,2,3,4")
+    if record is not None and not launched():  # there may be other hosts, where it cannot be written
+        _recordable(record)
     if nproc is not None:
         _refuse_alone(jobs, seconds, nproc)
         if ranks is not None:
@@ -114,6 +119,8 @@ def verify(
         options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
         raise typer.Exit(launch(OURS, ["verify", "--seed", str(seed), *options], nproc))
     world = distflash.init()
+    if record is not None and world.is_main:
+        _recordable(record)
     if world.size > 1:
         _refuse_alone(jobs, seconds, world.size)
         if ranks is not None:
@@ -139,6 +146,13 @@ def verify(
             report.say(f"{case}: done, {report.count} comparisons so far, {len(report.failures)} out of budget")
     report.print()
     raise typer.Exit(1 if report.failures or not report.count else 0)
+
+
+def _recordable(record: Path) -> None:
+    try:
+        runs_of(record)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _refuse_alone(jobs: int | None, seconds: float | None, processes: int) -> None:

@@ -33,7 +33,7 @@ def train(  # a command's parameters are its options: as many as there are
     weight_decay: Annotated[float, _option("AdamW's; not for norms and embeddings.")] = _DEFAULT.weight_decay,
     clip: Annotated[float, _option("Largest norm of the gradient.")] = _DEFAULT.clip,
     cp: Annotated[int, _option("Ranks that share one sequence; the others are data parallel. 0: all ranks.")] = _DEFAULT.cp,
-    layout: Annotated[str, _option("Which tokens a rank holds: auto, contiguous, zigzag, striped.")] = _DEFAULT.layout,
+    layout: Annotated[str, _option("Which tokens a rank holds: auto, contiguous, zigzag, striped, balanced.")] = _DEFAULT.layout,
     order: Annotated[str, _option("When blocks move: auto, ring, all_gather, double_ring.")] = _DEFAULT.order,
     ulysses: Annotated[str, _option("Ranks that share heads during attention: auto, or a number.")] = str(_DEFAULT.ulysses),
     wire: Annotated[str, _option("What carries blocks between ranks: auto, p2p, symmetric.")] = _DEFAULT.wire,
@@ -110,13 +110,18 @@ def _check_early(config: TrainConfig, ranks: int) -> None:
     """What any rank would refuse is refused once, before ranks are started."""
     from pathlib import Path
 
+    from distflash.launch.early import check_kernel, check_scheme
     from distflash.train import folder
     from distflash.train.model import model_config
 
     try:
         folder.check(config.out, config.resume)
         model_config(config.model)
-        config.cp_size(ranks)
+        check_scheme(layout=config.layout, order=config.order, wire=config.wire, staging=config.staging)
+        check_kernel(config.kernel)
+        cp, ulysses = config.cp_size(ranks), config.ulysses
+        if isinstance(ulysses, int) and (ulysses < 1 or cp % ulysses):
+            raise ValueError(f"--ulysses must divide the {cp} ranks that share a sequence, got {ulysses}: choose a divisor, or auto")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     for path in config.data:
