@@ -45,9 +45,7 @@ def llama3_varlen(
 class _Start(int):
     """Where a rank's slice of the keys starts, and what it was cut from: the documents of all ranks have to reach every layer."""
 
-    documents: tuple[int, ...]
-    causal: bool
-    place: tuple[int, int]  # rank, ranks
+    cut_from: tuple[tuple[int, ...], bool, int, int]  # arguments of _slice_of
 
 
 def llama3_flash_attn_prepare_cu_seqlens(
@@ -62,9 +60,10 @@ def llama3_flash_attn_prepare_cu_seqlens(
     documents = borders(cu_seqlens)
     if documents[-1] % world_size:
         raise ValueError(f"{documents[-1]} tokens must be divisible by the {world_size} ranks: pad the last document")
-    cu_q, cu_k, first = _slice_of(documents, causal, rank, world_size)
+    cut_from = documents, causal, rank, world_size
+    cu_q, cu_k, first = _slice_of(*cut_from)
     start = _Start(first)
-    start.documents, start.causal, start.place = documents, causal, (rank, world_size)
+    start.cut_from = cut_from
     longest_q, longest_k = (max(b - a for a, b in pairwise(cu)) for cu in (cu_q, cu_k))
     q, k = (torch.tensor(cu, dtype=cu_seqlens.dtype, device=cu_seqlens.device) for cu in (cu_q, cu_k))
     return q, k, longest_q, longest_k, slice(start, first + cu_k[-1])
@@ -90,17 +89,17 @@ def _prepared(
     if not isinstance(start, _Start):
         raise ValueError(f"local_k_slice={keys} must be the one that llama3_flash_attn_prepare_cu_seqlens gave: it carries the documents")
     sp = parallel(group, LLAMA3.order)
-    rank, ranks = start.place
-    if (sp.rank, sp.size) != (rank, ranks) or start.documents[-1] != ranks * tokens or causal != start.causal:
+    documents, was_causal, rank, ranks = start.cut_from
+    if (sp.rank, sp.size) != (rank, ranks) or documents[-1] != ranks * tokens or causal != was_causal:
         raise ValueError(
             f"rank {sp.rank} of {sp.size} with {tokens} tokens, causal={causal}, got what was prepared for rank {rank} of {ranks} "
-            f"with {start.documents[-1] // ranks} tokens, causal={start.causal}: prepare anew"
+            f"with {documents[-1] // ranks} tokens, causal={was_causal}: prepare anew"
         )
     given = cu_of(cu_q, max_q, tokens, "_q"), cu_of(cu_k, max_k, keys.stop - start, "_k")
-    expected = _slice_of(start.documents, causal, rank, ranks)[:2]
+    expected = _slice_of(*start.cut_from)[:2]
     if given != expected:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be those prepared with local_k_slice, {expected}, got {given}")
-    return sequence(sp, start.documents, LLAMA3)
+    return sequence(sp, documents, LLAMA3)
 
 
 _DOCUMENTS: WeakKeyDictionary[SequenceParallel, tuple[int, ...]] = WeakKeyDictionary()  # of the batch at hand
