@@ -456,6 +456,15 @@ MUTANTS = {
     "a mask without two tokens of a document is called causal": Mutant(
         "integrations/transformers_masks.py", "if later.any() else None", "if True else None",
         "integrations/test_transformers.py::test_a_mask_without_two_tokens_of_a_document_is_of_either_direction"),
+    "a layer's keys may be more than its mask's": Mutant(
+        "integrations/transformers.py", "if mask.lengths != (query.shape[2], key.shape[2]):", "if False:",
+        "integrations/test_transformers.py::test_a_layer_that_contradicts_its_mask_is_refused"),
+    "positions that a model numbers itself are let through": Mutant(
+        "integrations/transformers.py", 'return of_padding or hasattr(module, "create_position_ids_from_input_ids")', "return of_padding",
+        "integrations/test_transformers.py::test_models_that_number_positions_themselves_are_refused[Roberta]"),
+    "a loader is dealt out to groups once only": Mutant(
+        "integrations/accelerate.py", "not in ((size, rank), groups)", "!= (size, rank)",
+        "integrations/test_accelerate.py::test_persistent_workers_serve_a_second_evaluation"),
     # drop-ins
     "the longest documents of queries and keys change places": Mutant(
         "integrations/flash_attn.py", "index(max_seqlen_q), index(max_seqlen_k), q.shape[0]",
@@ -495,6 +504,11 @@ MUTANTS = {
     "whatever a rank starts is tied to the launcher": Mutant(
         "launch/parent.py", "if os.environ.get(LAUNCHER) == str(os.getppid()):", "if LAUNCHER in os.environ:",
         "launch/test_parent.py::test_only_ranks_themselves_are_tied"),
+    "a checkpoint is believed to be of the step that its folder says": Mutant(
+        "train/checkpoint.py", "            if folder_name(found.step) == path.name:\n                return found\n", "            return found\n",
+        "train/test_checkpoint.py::test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used[damage_of_another_step-it is of step 1]"),
+    "what earlier runs have left is data": Mutant(
+        "train/data.py", '(\\.[0-9]+)?"', '"', "train/test_data.py::test_what_runs_have_left_in_the_folder_of_the_data_is_no_data"),
     "a run that was moved aside takes the lock along": Mutant(
         "train/folder.py", "            self._lock = self._locked()\n            if older:", "            if older:",
         "train/test_folder.py::test_the_lock_is_that_of_the_new_folder_after_an_older_run_was_moved_aside"),

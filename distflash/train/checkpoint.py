@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 FORMAT = 1
@@ -214,7 +215,9 @@ def verify(path: Path) -> str | None:
             return "manifest.json does not list state.json"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be read ({type(error).__name__})"
     return None
 
@@ -224,7 +227,10 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for path in _folders(root) if root.exists() else []:
         reason = verify(path)
         if reason is None:
-            return read(path)
+            found = read(path)
+            if folder_name(found.step) == path.name:
+                return found
+            reason = f"it is of step {found.step}"
         aside = _free_name(path, "damaged")
         try:
             path.rename(aside)
@@ -237,8 +243,11 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint that was verified, on this or another rank."""
     try:
-        return Checkpoint(path, json.loads((path / "state.json").read_bytes()))
-    except (OSError, ValueError, SafetensorError) as error:
+        state = json.loads((path / "state.json").read_bytes())
+        if not isinstance(state, dict) or type(state.get("step")) is not int:
+            raise ValueError("state.json names no step")
+        return Checkpoint(path, state)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read here ({error}): every rank must see the same --out folder") from None
 
 
@@ -252,7 +261,9 @@ def _sha256(file: Path) -> str:
 
 def _folders(root: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    return sorted((p for p in root.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+    return sorted(
+        (p for p in root.glob("step-*") if p.is_dir() and re.fullmatch("step-[0-9]{8,}", p.name)), key=lambda p: p.name, reverse=True
+    )
 
 
 def _free_name(path: Path, prefix: str) -> Path:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from distflash.train.folder import holds_run
 
 BOS = 256
 IGNORE = -100  # the label of a token that has none, as in torch's cross_entropy
@@ -156,9 +159,12 @@ def _random(seed: int, epoch: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch + 1])))
 
 
-def load_corpus(paths: Sequence[str], field: str = "text") -> Corpus:
-    """The documents of files, folders, .jsonl and .parquet in the order given; without paths, DEFAULT_TEXT."""
-    return Corpus.of(read_documents(paths, field) if paths else default_documents())
+def load_corpus(paths: Sequence[str], field: str = "text", out: str | None = None) -> Corpus:
+    """The documents of files, folders, .jsonl and .parquet in the order given; without paths, DEFAULT_TEXT.
+
+    out: where the run writes. What it and those before it have left there is no data, also if the folder is inside of one of `paths`.
+    """
+    return Corpus.of(read_documents(paths, field, out) if paths else default_documents())
 
 
 def default_documents() -> Iterator[bytes]:
@@ -173,20 +179,41 @@ def default_documents() -> Iterator[bytes]:
             yield file.read_binary()
 
 
-def read_documents(paths: Sequence[str], field: str) -> Iterator[bytes]:
+def read_documents(paths: Sequence[str], field: str, out: str | None = None) -> Iterator[bytes]:
     """Every document of `paths`; folders are walked in sorted order. Raises ValueError for a path that is not there."""
     for path in map(Path, paths):
         if path.is_dir():
             for file in sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))):
-                yield from _read_file(file, field, binary_ok=True)
+                if out is None or not _of_run(file.resolve(), Path(out).resolve()):
+                    yield from _located(file, field, binary_ok=True)
         elif path.is_file():
-            yield from _read_file(path, field, binary_ok=False)
+            yield from _located(path, field, binary_ok=False)
         else:
             raise ValueError(f"--data {str(path)!r} is neither a file nor a folder: check the path")
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def _of_run(file: Path, out: Path) -> bool:
+    """Whether a file is in the folder of the run, or in one that was moved aside from there (OUT.1, OUT.2, ...)."""
+    if not file.is_relative_to(out.parent):
+        return False
+    folder = out.parent / file.relative_to(out.parent).parts[0]
+    return re.fullmatch(re.escape(out.name) + r"(\.[0-9]+)?", folder.name) is not None and holds_run(folder)
+
+
+def _located(path: Path, field: str, binary_ok: bool) -> Iterator[bytes]:
+    """One file's documents; an error of the file system or of another library gets the file's name."""
+    try:
+        yield from _read_file(path, field, binary_ok)
+    except (ValueError, NotImplementedError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read ({error}): repair it or leave it out") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): repair it or leave it out") from None
 
 
 def _read_file(path: Path, field: str, binary_ok: bool) -> Iterator[bytes]:
@@ -204,18 +231,21 @@ def _read_file(path: Path, field: str, binary_ok: bool) -> Iterator[bytes]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[bytes]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row: Any = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error}): every line must be one JSON object") from None
+                row: Any = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number} is not JSON in UTF-8 ({error}): every line must be one JSON object") from None
             text = row.get(field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f"{path}:{number} has no string {field!r}: name the field that holds the text with --field")
-            yield text.encode()
+            try:
+                yield text.encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can say it, UTF-8 cannot
+                raise ValueError(f"{path}:{number} has text in {field!r} that is no Unicode ({error}): repair the line") from None
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[bytes]:

@@ -90,7 +90,7 @@ class Trainer:
         self.mesh = Mesh.make(world, config.cp_size(world.size))
         schemes: dict[str, Any] = {name: getattr(config, name) for name in ("layout", "order", "ulysses", "wire", "staging")}
         self.parallel = distflash.SequenceParallel(self.mesh.cp_mesh, **schemes)
-        corpus = load_corpus(config.data, config.field)
+        corpus = load_corpus(config.data, config.field, config.out)
         self.digest = corpus.digest()
         require_same(self.digest, self.mesh.group, world.device)
         train, held_out = corpus.split(HELD_OUT, config.seed)

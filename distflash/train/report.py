@@ -10,6 +10,7 @@ import json
 import resource
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -54,16 +55,19 @@ class Report:
             return
         if self.config.resume:
             self.say(f"resuming after step {step}" if resumed else f"no checkpoint in {self.folder}: starting from step 0")
-        if aside := folder.begin(resumed):
+        with _writing(self.folder):
+            aside = folder.begin(resumed)
+        if aside:
             cure = "" if self.config.resume else " (--resume would have continued it)"
             self.say(f"{self.folder} held an older run: it is now {aside}{cure}")
         self.say(description)
         path = self.folder / "metrics.jsonl"
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
-        part = path.with_name(".metrics.jsonl")  # all rows or what was there: a run may be killed at any moment
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        part.replace(path)
-        self.metrics = path.open("a", buffering=1)
+        with _writing(self.folder):
+            part = path.with_name(".metrics.jsonl")  # all rows or what was there: a run may be killed at any moment
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            part.replace(path)
+            self.metrics = path.open("a", buffering=1)
         self._start_progress(step)
 
     def _start_progress(self, step: int) -> None:
@@ -94,7 +98,8 @@ class Report:
             "windows": position,
         }
         assert self.metrics is not None
-        self.metrics.write(json.dumps(row) + "\n")
+        with _writing(self.folder):
+            self.metrics.write(json.dumps(row) + "\n")
         self.rows.append(row)
         facts = f"loss {loss:.3f}  {row['tokens_per_s']:,.0f} tokens/s  {row['ms']:.0f} ms  "
         facts += f"attention {flops_text(attention / seconds)}  {row['peak_memory_gb']:.1f} GB"  # of one rank
@@ -108,7 +113,8 @@ class Report:
             self.verdict = str(difference)
             self.say(self.verdict)
             facts = {"value": difference.value, "where": difference.where, "steps": difference.steps, "ranks": difference.world_size}
-            (self.folder / "compare.json").write_text(json.dumps(facts | {"limit": difference.limit, "small": difference.small}) + "\n")
+            with _writing(self.folder):
+                (self.folder / "compare.json").write_text(json.dumps(facts | {"limit": difference.limit, "small": difference.small}) + "\n")
 
     def close(self) -> None:
         """Gives the terminal back and closes the metrics; harmless when done already."""
@@ -116,25 +122,43 @@ class Report:
             self.progress.stop()
             self.progress = None
         if self.metrics:
-            self.metrics.close()
+            with suppress(OSError):  # what could not be written was told
+                self.metrics.close()
+            self.metrics = None
 
     def finish(self, validation: float | None, sample: bytes | None) -> None:
         """The curve, the sample and the summary."""
-        if not self.is_main:
-            return
-        self.close()
+        if self.is_main:
+            self.close()
+            with _writing(self.folder):
+                self._finish(validation, sample)
+
+    def _finish(self, validation: float | None, sample: bytes | None) -> None:
         plot_losses(self.rows, validation, self.folder / "loss.png")
         if sample is not None:
             (self.folder / "sample.txt").write_bytes(sample)
             self.say("sample:\n" + "\n".join("    " + line for line in sample.decode(errors="replace").splitlines()))
-        last = [row["loss"] for row in self.rows[-LAST:]]  # never empty: a run has a step, or resumes after one
-        final = statistics.fmean(last)
+        last = [row["loss"] for row in self.rows[-LAST:]]  # none if a finished run is resumed whose metrics are gone
+        final = statistics.fmean(last) if last else None
         summary = {"final_loss": final, "validation_loss": validation, "steps": self.config.steps}
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
         held_out = f", held-out loss {validation:.3f}" if validation is not None else ""
-        self.say(f"final loss {final:.3f} nats a byte (mean of the last {len(last)} steps){held_out}; see {self.folder}/")
+        told = "unknown" if final is None else f"{final:.3f} nats a byte (mean of the last {len(last)} steps)"
+        self.say(f"final loss {told}{held_out}; see {self.folder}/")
         if self.verdict:  # pages ago by now
             self.say(self.verdict)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """An error of the disk in words, with the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"the report of the run could not be written to {folder} ({error.strerror}): free space, or check the folder, "
+            "then continue with --resume"
+        ) from error
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -78,6 +78,24 @@ def damage_empty_manifest(path: Path) -> None:
     (path / "manifest.json").write_text('{"format": 1, "files": {}}')
 
 
+def damage_manifest_is_a_folder(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").mkdir()
+
+
+def damage_nested_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
+def damage_files_are_numbers(path: Path) -> None:
+    (path / "manifest.json").write_text('{"format": 1, "files": {"state.json": 3}}')
+
+
+def damage_of_another_step(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step-00000001"), path)
+
+
 def damage_emptied(path: Path) -> None:
     shutil.rmtree(path)
     path.mkdir()
@@ -93,6 +111,10 @@ def damage_emptied(path: Path) -> None:
         (damage_torn_manifest, "manifest.json cannot be read"),
         (damage_empty_manifest, "does not list state.json"),
         (damage_emptied, "manifest.json is missing"),
+        (damage_manifest_is_a_folder, r"manifest.json cannot be read \(Is a directory\)"),
+        (damage_nested_manifest, "manifest.json cannot be read"),
+        (damage_files_are_numbers, "manifest.json cannot be read"),
+        (damage_of_another_step, "it is of step 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_path, damage, reason):
@@ -107,6 +129,31 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_
     save(tmp_path, 2)  # the run goes on: the same step again, and the good one before it stays
     assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
     assert ckpt.newest(tmp_path, pytest.fail).step == 2  # type: ignore[union-attr]
+
+
+def test_a_disk_that_cannot_be_read_is_a_reason_like_any_other(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = ckpt._sha256
+
+    def broken(file):
+        if file.parent.name == "step-00000002":
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return real(file)
+
+    monkeypatch.setattr(ckpt, "_sha256", broken)
+    said: list[str] = []
+    assert ckpt.newest(tmp_path, said.append).step == 1  # type: ignore[union-attr]
+    assert "model.safetensors cannot be read (Input/output error)" in said[0]
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-by-step").mkdir()
+    assert ckpt.newest(tmp_path, pytest.fail).step == 1  # type: ignore[union-attr]
+    save(tmp_path, 2)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["latest", "step-00000002", "step-00000003", "step-by-step"]
 
 
 def test_if_all_are_damaged_there_is_none(tmp_path):

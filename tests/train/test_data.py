@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +133,11 @@ def test_another_field_can_be_named(tmp_path):
         ("x.jsonl", b'{"text": "fine"}\n{"tex', r"x.jsonl:2 is not JSON.*one JSON object"),
         ("x.jsonl", b'{"body": "fine"}\n', r"x.jsonl:1 has no string 'text'.*--field"),
         ("x.jsonl", b"[1]\n", r"x.jsonl:1 has no string 'text'"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', r"x.jsonl:2 is not JSON in UTF-8"),
+        ("x.jsonl", b'{"text": "fine"}\n\n{"text": "\\ud800"}\n', r"x.jsonl:3 has text in 'text' that is no Unicode"),
+        ("x.jsonl", b"[" * 100_000, r"x.jsonl:1 is not JSON"),
+        ("x.parquet", b"PAR1 and so on", r"x.parquet cannot be read \(.*: repair it or leave it out"),
+        ("x.parquet", b"", r"x.parquet cannot be read"),
         ("x.bin", b"\0\0", "holds zero bytes, expected text"),
         ("x.txt", b"", "holds no text"),
     ],
@@ -151,6 +157,27 @@ def test_a_missing_path_and_a_missing_column_are_errors(tmp_path):
     pq.write_table(pa.table({"text": [1]}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match="holds int, expected text"):
         load_corpus([str(tmp_path / "d.parquet")])
+
+
+@pytest.mark.parametrize("cut", range(60, 400, 17))
+def test_a_damaged_parquet_file_is_named_or_read_but_raises_nothing_else(tmp_path, cut):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": ["three", "four"] * 9}), path)
+    content = bytearray(path.read_bytes())
+    content[cut % len(content)] ^= 0x55
+    path.write_bytes(content)
+    with suppress(ValueError):
+        list(read_documents([str(path)], "text"))
+
+
+def test_what_runs_have_left_in_the_folder_of_the_data_is_no_data(tmp_path):
+    out = tmp_path / "runs" / "tiny"
+    for folder in (out, tmp_path / "runs" / "tiny.1", tmp_path / "runs" / "tinyer"):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"text": "a loss"}\n')
+    (tmp_path / "runs" / "tiny.2").write_text("a file")
+    (tmp_path / "a.txt").write_text("data")
+    assert list(read_documents([str(tmp_path)], "text", str(out))) == [b"data", b"a file", b"a loss"]
 
 
 def test_the_default_text_is_large_and_the_same_each_time():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from itertools import pairwise
@@ -319,3 +320,33 @@ def test_what_an_error_advises_is_possible_another_learning_rate_resumes_the_run
     assert run(lower, world) == 0
     said = capsys.readouterr().out
     assert "--lr was 0.003 until step 3, and is 0.001 from here on" in said and "--weight-decay was 0.1 until step 3" in said
+
+
+def test_a_finished_run_whose_metrics_are_gone_is_resumed_all_the_same(small_run, world, capsys):
+    config = small_run(steps=2, checkpoint_every=1, sample=0)
+    run(config, world)
+    (Path(config.out) / "metrics.jsonl").unlink()
+    assert run(small_run(steps=2, checkpoint_every=1, sample=0, resume=True), world) == 0
+    summary = json.loads((Path(config.out) / "summary.json").read_text())
+    assert summary["final_loss"] is None and summary["validation_loss"] > 0
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "loss.png"])
+def test_a_report_on_a_full_disk_is_an_error_with_a_cure(small_run, world, monkeypatch, file):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if file == "loss.png":
+        monkeypatch.setattr("distflash.train.report.plot_losses", full)
+    else:
+        monkeypatch.setattr("distflash.train.report.json.dumps", full)
+    with pytest.raises(RuntimeError, match=r"report of the run could not be written to .* \(No space left on device\): free space"):
+        run(small_run(steps=1, validate=0, sample=0), world)
+
+
+def test_a_run_goes_on_where_its_data_and_its_folder_are_in_one_folder(small_run, world, tmp_path):
+    (tmp_path / "text.txt").write_text("all work and no play " * 50)
+    config = {"steps": 2, "checkpoint_every": 1, "validate": 0, "sample": 0, "data": (str(tmp_path),)}
+    run(small_run(**config), world)
+    run(small_run(**config), world)  # the first is moved aside, into the data's folder too
+    assert run(small_run(**config | {"steps": 3, "resume": True}), world) == 0
