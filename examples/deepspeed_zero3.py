@@ -1,6 +1,6 @@
 """ZeRO-3 with sequence parallelism: each rank holds a piece of the parameters and a piece of every sequence.
 
-It teaches a small Llama to write this very file, on GPUs or on the CPU. The same file under every launcher:
+It trains a small Llama to write this very file, on GPUs or on the CPU. The same file runs under every launcher:
 
 deepspeed --num_gpus 2 examples/deepspeed_zero3.py
 torchrun --standalone --nproc-per-node 2 examples/deepspeed_zero3.py
@@ -31,7 +31,7 @@ parser.add_argument("--local_rank", type=int, help="passed by the deepspeed laun
 args = parser.parse_args()
 
 world = distflash.init()
-os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it; mpirun and srun have other names for it
+os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it; mpirun and srun do not set it
 if world.device.type == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # two minutes of compilation; gloo needs none of it
 
@@ -56,8 +56,8 @@ text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint
 seq = mpu.sp.sequence(length=args.length)  # any length, nothing is padded
 for step in range(args.steps):
     first = (step * sequences + mpu.get_data_parallel_rank()) * 97 % (len(text) - args.length)
-    window = text[first : first + args.length + 1]  # the same on all ranks that share it
-    tokens, labels = seq.shard(window[:-1], dim=0)[None], seq.shard(window[1:], dim=0)[None]  # shifted before they are cut: (1, T)
+    window = text[first : first + args.length + 1]  # the same on all ranks of a group
+    tokens, labels = seq.shard(window[:-1], dim=0)[None], seq.shard(window[1:], dim=0)[None]  # labels are shifted before sharding: (1, T)
     logits = engine(tokens, seq)  # (1, T, vocabulary)
     per_token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     loss = distflash.token_mean(per_token, seq, group=mpu.group)  # over the tokens of all ranks

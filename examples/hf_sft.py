@@ -1,7 +1,8 @@
-"""Fine-tuning with Transformers' Trainer: every conversation is shared by all ranks, several are packed into a batch without padding.
+"""Fine-tuning with Transformers' Trainer: all ranks share every batch, in which several conversations are packed without padding.
 
 The model reads the signature and docstring of a Python function, byte by byte, and learns to write its body; the functions are those
-of sympy, which comes with torch. A tiny random model stands for yours. The same file on CPUs and GPUs, with any number of ranks:
+of sympy, which is installed with torch. A tiny random model stands in for yours. The same file runs on CPUs and GPUs, with any number
+of ranks:
 
 python examples/hf_sft.py
 distflash run -n 2 examples/hf_sft.py
@@ -22,7 +23,7 @@ LONGEST = 800  # bytes of a conversation
 
 
 def conversations():
-    """Tokens of functions that have a docstring; labels only where the model is to write."""
+    """Tokens of functions that have a docstring; labels only for the body, which the model writes."""
     for source in default_documents():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
@@ -34,7 +35,7 @@ def conversations():
 
 
 class SFTTrainer(SequenceParallelTrainer, Trainer):
-    """Trainer, but the ranks share each batch."""
+    """A Trainer whose ranks share each batch."""
 
 
 world = distflash.init()
