@@ -505,8 +505,9 @@ MUTANTS = {
         "launch/parent.py", "if os.environ.get(LAUNCHER) == str(os.getppid()):", "if LAUNCHER in os.environ:",
         "launch/test_parent.py::test_only_ranks_themselves_are_tied"),
     "a checkpoint is believed to be of the step that its folder says": Mutant(
-        "train/checkpoint.py", "            if folder_name(found.step) == path.name:\n                return found\n", "            return found\n",
-        "train/test_checkpoint.py::test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used[damage_of_another_step-it is of step 1]"),
+        "train/checkpoint.py", "if folder_name(found.step) == path.name:", "if found:",
+        "train/test_checkpoint.py::"
+        "test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used[damage_of_another_step-it is of step 1]"),
     "what earlier runs have left is data": Mutant(
         "train/data.py", '(\\.[0-9]+)?"', '"', "train/test_data.py::test_what_runs_have_left_in_the_folder_of_the_data_is_no_data"),
     "a run that was moved aside takes the lock along": Mutant(
