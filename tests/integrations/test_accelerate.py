@@ -24,7 +24,7 @@ from distflash.testing import spmd_processes
 from tests.integrations.test_transformers import VOCABULARY, step, tiny
 from tests.pages import ROOT, blocks_of
 
-PAGE = (ROOT / "docs/transformers.md").read_text()
+PAGE = ROOT / "docs/transformers.md"
 
 
 class Ordered(transformers.Trainer):
@@ -195,7 +195,7 @@ def test_labels_are_counted_over_data_and_sequence_parallel_ranks():
 
 
 def test_the_recipe_for_several_batches_gives_the_gradients_of_one_process():
-    (code,) = (block.code for block in blocks_of(PAGE) if "num_items_in_batch" in block.code)
+    (code,) = (block.code for block in blocks_of(PAGE.read_text()) if "num_items_in_batch" in block.code)
     recipe = code.replace("[batch, batch]", "batches")
     assert recipe != code
     torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_predictions_are_refused_and_one_process_needs_no_launcher(tmp_path):
 def test_the_page_runs():
     names: dict[str, Any] = {}
     try:
-        for block in blocks_of(PAGE):
+        for block in blocks_of(PAGE.read_text()):
             exec(block.code, names)
         assert names["logits"].shape == (1, 24, 256)
         assert names["trainer"].state.global_step == 2
