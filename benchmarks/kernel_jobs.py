@@ -88,13 +88,13 @@ def time_cell(job: dict[str, Any]) -> Rows:
 
 
 def figures(turns: list[list[float]], flops: float) -> dict[str, Any]:
-    """Median, and the fast and slow 20 %, in TFLOP/s; the medians of single turns."""
+    """Median, and the fast and slow 20 %, in TFLOP/s; the medians of single turns, of more than there and back."""
     milliseconds = list(chain(*turns))
     fast, *_, slow = statistics.quantiles(milliseconds, n=5)
     middle = statistics.median(milliseconds)
     rates = {"tflops": middle, "tflops_low": slow, "tflops_high": fast}
-    of_turns = [statistics.median(turn) for turn in turns]
-    return {"ms": middle, "calls": len(milliseconds), **{word: flops / ms / 1e9 for word, ms in rates.items()}, "ms_of_turns": of_turns}
+    of_turns = {"ms_of_turns": [statistics.median(turn) for turn in turns]} if len(turns) > 2 else {}
+    return {"ms": middle, "calls": len(milliseconds), **{word: flops / ms / 1e9 for word, ms in rates.items()}, **of_turns}
 
 
 def in_turn(runs: dict[str, Callable[[], Any]], times: int) -> dict[str, tuple[list[list[float]], str | None]]:
