@@ -457,7 +457,7 @@ MUTANTS = {
         "integrations/transformers_masks.py", "if later.any() else None", "if True else None",
         "integrations/test_transformers.py::test_a_mask_without_two_tokens_of_a_document_is_of_either_direction"),
     "a layer's keys may be more than its mask's": Mutant(
-        "integrations/transformers.py", "if mask.lengths != (query.shape[2], key.shape[2]):", "if False:",
+        "integrations/transformers.py", "if seen.lengths != (query.shape[2], key.shape[2]):", "if False:",
         "integrations/test_transformers.py::test_a_layer_that_contradicts_its_mask_is_refused"),
     "positions that a model numbers itself are let through": Mutant(
         "integrations/transformers.py", 'return of_padding or hasattr(module, "create_position_ids_from_input_ids")', "return of_padding",
@@ -493,6 +493,9 @@ MUTANTS = {
         "train/test_checkpoint.py::test_a_kill_at_any_fsync_or_rename_leaves_a_whole_checkpoint"),
     "a rank that has lost another one ends before it": Mutant(
         "launch/heartbeat.py", "            self._let_go_first()\n", "", f"{LETS_GO}[error1]"),
+    "a heartbeat may be about a rank that there is not": Mutant(
+        "launch/heartbeat.py", ' and 0 <= note["about"] < size', "",
+        "launch/test_heartbeat.py::test_a_note_of_another_form_is_a_verdict_that_names_who_sent_it"),
     "a rank that has failed heeds the verdict of it": Mutant(
         "launch/heartbeat.py", "if self.state != RUNS:  # it ends", "if False:  # it ends", f"{LETS_GO}[error1]"),
     "a job that is started again resumes whatever run is there": Mutant(

@@ -107,6 +107,11 @@ def _attention(
         return _out(call(q, k, v, sharded_sequence)), None
     if sharded_sequence is not None:
         raise ValueError("the batch comes from shard(), but the model was enabled alone: use enable(model, sp)")
+    if seen.lengths != (query.shape[2], key.shape[2]):  # across ranks DeepSpeed's Ulysses gathers tokens, and only the window counts
+        raise ValueError(
+            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the model's mask is of "
+            f"{seen.lengths[0]} and {seen.lengths[1]}: use attn_implementation='sdpa'"
+        )
     check_borders(cu_seq_lens_q, cu_seq_lens_k)
     if cu_seq_lens_q is None:  # those that are given say where documents begin, whatever the positions
         seen.check_positions(position_ids, sharded=False)
@@ -139,11 +144,6 @@ def _visible(
         if said is None or (window is not None and not said):
             raise ValueError(f"{type(module).__name__} has neither a mask nor is_causal, or a window without either: what may it see?")
         return unread(said, window, query.shape[2], key.shape[2], rows=len(key)), said
-    if mask.lengths != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the model's mask is of "
-            f"{mask.lengths[0]} and {mask.lengths[1]}: use attn_implementation='sdpa'"
-        )
     causal = said if mask.causal is None else mask.causal
     if is_causal is not None and is_causal != causal:
         raise ValueError(f"is_causal={is_causal} contradicts the model's mask, which is {'causal' if causal else 'bidirectional'}")
