@@ -116,13 +116,14 @@ def _check_early(config: TrainConfig, ranks: int) -> None:
 
     try:
         folder.check(config.out, config.resume)
+        folder.check_free(config.out)
         model_config(config.model)
         check_scheme(layout=config.layout, order=config.order, wire=config.wire, staging=config.staging)
         check_kernel(config.kernel)
         cp, ulysses = config.cp_size(ranks), config.ulysses
         if isinstance(ulysses, int) and (ulysses < 1 or cp % ulysses):
             raise ValueError(f"--ulysses must divide the {cp} ranks that share a sequence, got {ulysses}: choose a divisor, or auto")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     for path in config.data:
         if not Path(path).exists():

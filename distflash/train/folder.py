@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 PATIENCE = 5.0  # seconds that the main rank of an earlier attempt has to end
 POLL = 0.05
@@ -31,6 +31,15 @@ def check(out: str, resume: bool) -> None:
             raise ValueError(f"--out {out} holds an older run and cannot be moved aside ({why}): --resume continues it, or name another")
     elif path.exists() and (others := [p.name for p in path.iterdir() if not p.name.startswith(".")]):
         raise ValueError(f"--out {out} must be new, empty, or hold a run, but holds {', '.join(sorted(others)[:3])}: name another folder")
+
+
+def check_free(out: str) -> None:
+    """Raises RuntimeError if another process writes to this folder just now."""
+    file = Path(out) / ".lock"
+    if file.is_file() and os.access(file, os.W_OK):
+        with file.open("a+") as lock:
+            if not _flock(lock):
+                _refuse(out, lock)
 
 
 def holds_run(path: Path) -> bool:
@@ -96,8 +105,7 @@ class RunFolder:
             lock = file.open("a+")
             if not _flock(lock):
                 if time.monotonic() > deadline:
-                    lock.seek(0)
-                    raise RuntimeError(f"--out {self.out} is written to by {lock.read()}: wait for it, end it, or name another folder")
+                    _refuse(self.out, lock)
                 time.sleep(POLL)
             elif file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                 lock.truncate(0)
@@ -105,6 +113,11 @@ class RunFolder:
                 lock.flush()
                 return lock
             lock.close()  # taken, or moved aside between open and flock
+
+
+def _refuse(out: str, lock: IO[str]) -> NoReturn:
+    lock.seek(0)
+    raise RuntimeError(f"--out {out} is written to by {lock.read()}: wait for it, end it, or name another folder")
 
 
 def _flock(lock: IO[str]) -> bool:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
-from distflash.train import folder
+from distflash.train import command, folder
 from distflash.train.folder import RunFolder
 from distflash.train.loop import run
 from distflash.train.report import read_metrics
@@ -58,6 +59,8 @@ def test_a_second_job_is_refused_with_the_pid_of_the_first(tmp_path, small_run, 
     for resume in (False, True):
         with pytest.raises(RuntimeError, match=rf"is written to by pid {os.getpid()} on \S+: wait for it"):
             run(small_run(resume=resume, **SHORT), world)
+    with pytest.raises(typer.BadParameter, match="is written to by pid"):
+        command.start(small_run(model="tiny", **SHORT), 2)
     first.release()
     assert run(config, world) == 0
     assert run(config, world) == 0, "it was not released"
