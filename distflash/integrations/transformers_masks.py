@@ -186,7 +186,15 @@ def read(
         kept = mask_function(row, torch.zeros_like(row), at + kv_offset, key.clamp(0, kv_length - 1) + kv_offset)
         return torch.as_tensor(kept, device=at.device).bool().expand(batch_size, kv_length)
 
-    is_query = at >= kv_length - q_length
+    causal, joined = _window(sees, at, at >= kv_length - q_length, valid, local_size)
+    return Visible(causal, local_size, joined.cpu(), padded, q_length)
+
+
+def _window(
+    sees: Callable[[Tensor], Tensor], at: Tensor, is_query: Tensor, valid: Tensor, local_size: int | None
+) -> tuple[bool | None, Tensor]:
+    """`causal` and `joined` of Visible, of a mask that sees(key) tells. Raises ValueError on what is no window inside documents."""
+    kv_length = at.shape[1]
     joined = (sees(at - 1) | ~is_query) & (at > 0) & valid & valid.roll(1, 1)
     later = is_query & joined.roll(-1, 1) & (at < kv_length - 1)  # the next key is of the same document
     causal = not (sees(at + 1) & later).any() if later.any() else None
@@ -194,10 +202,10 @@ def read(
     first = torch.where(joined, 0, at).cummax(1).values  # [B, K] of the token's document
     last = torch.where(joined.roll(-1, 1) & (at < kv_length - 1), kv_length, at).flip(1).cummin(1).values.flip(1)
     low = torch.maximum(first, at - wide)
-    high = torch.minimum(last, at + wide) if causal is False else at.expand(batch_size, -1)
+    high = torch.minimum(last, at + wide) if causal is False else at.expand_as(valid)
     wrong = torch.zeros_like(valid)
     for key in (low, high, (low + high) // 2, at, low - 1, high + 1, at * 0, at * 0 + kv_length - 1, first - 1, last + 1):
-        there = (key >= 0) & (key < kv_length) & valid.gather(1, key.expand(batch_size, -1).clamp(0, kv_length - 1))
+        there = (key >= 0) & (key < kv_length) & valid.gather(1, key.expand_as(valid).clamp(0, kv_length - 1))
         wrong |= there & (sees(key) != ((low <= key) & (key <= high)))
     wrong &= valid & is_query
     if wrong.any():
@@ -207,7 +215,7 @@ def read(
             f"the model's mask for token {token} of row {r} is no window inside a document "
             f"({'bidirectional' if causal is False else 'causal'}, local size {local_size}): use attn_implementation='sdpa'"
         )
-    return Visible(causal, local_size, joined.cpu(), padded, q_length)
+    return causal, joined
 
 
 def _hides_nothing(mask_function: Callable[..., Tensor], row: Tensor, queries: Tensor, keys: Tensor) -> bool:
