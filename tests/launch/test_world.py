@@ -102,7 +102,7 @@ def test_one_rank_of_a_launcher_has_a_group_and_can_begin_again(monkeypatch):
     ("arguments", "message"),
     [
         ({"backend": "mpi"}, "backend must be"),
-        ({"timeout": 0}, "timeout must be positive seconds, got 0"),
+        ({"timeout": 0}, "timeout must be positive seconds, at most 1e\\+09, got 0"),
         ({"backend": "nccl"}, "needs a GPU that torch can use, got none"),
         ({"nccl_ctas": 0}, "nccl_ctas must be a positive integer or None"),
         ({"nccl_ctas": True}, "nccl_ctas must be a positive integer or None"),
