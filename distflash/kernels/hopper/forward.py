@@ -18,6 +18,8 @@ is but one of it, through a buffer of one part of their own.
 TURNS, the number of consumers or 0: they issue a tile's products in turn, told by the one before at a named barrier, so that one's softmax
 runs beside another's products (FlashAttention-3, arXiv:2407.08608, section 3.1). A tile that a consumer is spared is a turn, too, or their
 numbers would differ; an item's first Q Kᵀ is none.
+NAMED, the number of consumers or 0: slots of K and V are given back at named barriers, not at ke and ve (slots.py), and a row's sum stays
+with the four threads that share the row until the item's end.
 BOUNDS, 1 or 2: with 1, no row's columns begin later than its segment does (Schedule.left), and masks look at the other end alone.
 Statistics are base 2 inside: m and the exponent are in units of log2(e) * scale.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
@@ -253,6 +255,7 @@ def forward_kernel(
     boxes of q, with one in boxes that are alike. desc_order: of order, as one vector, in boxes of 16."""
     q = buffers(NQ * NC, desc_q, desc_q2)
     gl.static_assert(desc_o is None or not HAS_ACC)
+    gl.static_assert(NAMED == 0 or NC + 2 * NB <= 7)  # named barriers 9 to 15: turns, and slots of K and of V
     k = buffers(NB, desc_k, desc_k2)
     v = buffers(NB, desc_v, desc_v2)
     way = buffers(NC, desc_o, None) if NQ == 1 and desc_o is not None else q
