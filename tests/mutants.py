@@ -136,6 +136,13 @@ MUTANTS = {
     "the running maximum never moves": Mutant(
         "kernels/hopper/forward.py", "top = gl.maximum(m, gl.max(s, 1) * qs)", "top = m",
         "kernels/test_hopper_forward.py::test_a_maximum_that_every_tile_raises[leaps]"),
+    "slots that were given back last are not taken back": Mutant(
+        "kernels/hopper/feed.py", "gl.maximum(it, NB), it + NB", "it, it + gl.minimum(it, NB)",
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[64-named-one pair]"),
+    "a thread sums every second of its weights": Mutant(
+        "kernels/hopper/products.py", "gl.sum(gl.sum(x.reshape([64, columns // 8, 4, 2]), 3), 1)",
+        "gl.sum(x.reshape([64, columns // 8, 4, 2])[:, :, :, 0], 1)",
+        "kernels/test_hopper_forward.py::test_every_kind_of_mask[128-None-causal]"),
     "the last tile of queries reads statistics of the next head": Mutant(
         "kernels/hopper/gradients.py", "(tokens + _TILE - 1)", "tokens",
         "kernels/test_hopper_emulated.py::test_a_nan_stays_in_its_batch_element[64-False]"),
