@@ -21,7 +21,7 @@ import typer
 
 from distflash.launch import rendezvous
 from distflash.launch.heartbeat import EXIT_PEER_LOST
-from distflash.launch.parent import LAUNCHER
+from distflash.launch.parent import LAUNCHER, tied
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -81,7 +81,8 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     )
     os.environ[LAUNCHER] = str(os.getpid())
     try:
-        elastic_launch(config, sys.executable)("-u", *target, *arguments)
+        program, *rest = tied([sys.executable, "-u", *target, *arguments])
+        elastic_launch(config, program)(*rest)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         sys.stdout.flush()

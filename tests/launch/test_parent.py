@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from distflash.launch.parent import LAUNCHER, end_with, end_with_launcher
+from distflash.launch.parent import LAUNCHER, end_with, end_with_launcher, tied
 
 
 def forked(body):
@@ -55,3 +57,16 @@ def test_only_ranks_themselves_are_tied(monkeypatch):
     end_with_launcher()
     monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # a child of a rank
     end_with_launcher()
+
+
+def test_a_tied_command_has_its_arguments_its_pid_and_no_trace_of_the_tie(tmp_path):
+    (tmp_path / "ctypes.py").write_text("raise SystemExit('a file of the current directory was imported')")
+    code = "import os, sys; print(os.getpid(), os.getppid(), sys.argv, sys.flags.isolated, sys.flags.no_site)"
+    command = tied([sys.executable, "-P", "-c", code, "-I", "two words", ""])
+    done = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, text=True)
+    assert done.communicate(timeout=30)[0] == f"{done.pid} {os.getpid()} ['-c', '-I', 'two words', ''] 0 0\n"
+
+
+def test_where_the_kernel_ties_nobody_a_command_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tied(["python", "x.py"]) == ["python", "x.py"]

@@ -72,19 +72,21 @@ def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
 
 
 ALONE = """
-import os, time
+import os, sys, time
 from pathlib import Path
-from distflash.launch import init
-init()
+if sys.argv[1:]:
+    from distflash.launch import init
+    init()
 Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
 """
 
 
-def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path):
+@pytest.mark.parametrize("joins", [["joins"], []])
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path, joins):
     (tmp_path / "alone.py").write_text(ALONE)
     environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py"), cwd=tmp_path, env=environ, start_new_session=True)
+    launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py", *joins), cwd=tmp_path, env=environ, start_new_session=True)
     wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
     pid = int((tmp_path / "pid").read_text())
     launcher.kill()
