@@ -1,16 +1,22 @@
-"""How a result is written, JSON with what was measured, on what, with which versions; and how it is read and shown."""
+"""How a result is written, JSON with what was measured, on what, with which versions and commit, when; and how it is read and shown."""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distflash.launch.checkout import commit
+
 RESULTS = Path(__file__).parent / "results"
+# when this program began, and with what: neither changes while it measures for an hour, whatever is committed meanwhile
+RUN = {"commit": commit(12), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+_added_to: dict[Path, dict[str, Any]] = {}  # what files held that this program adds to
 
 
 def versions() -> dict[str, Any]:
@@ -34,10 +40,16 @@ def slug(device: torch.device) -> str:
 
 
 def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **about: Any) -> Path:
-    """Write `rows` to folder/name.json, under what they were measured with."""
+    """Write `rows` to folder/name.json, under what they were measured with and when.
+
+    "commit" (null if it is not known) and "date" are of this program; if it has kept rows of others, theirs are in "earlier". Older
+    files have none of these.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"versions": versions(), **about, "rows": rows}, indent=1) + "\n")
+    path, before = folder / f"{name}.json", _added_to.get(folder / f"{name}.json", {"rows": []})
+    kept = any(row in rows for row in before["rows"])
+    earlier = {"earlier": [*before.get("earlier", ()), {word: before.get(word) for word in RUN}]} if kept else {}
+    path.write_text(json.dumps({"versions": versions(), **RUN, **earlier, **about, "rows": rows}, indent=1) + "\n")
     return path
 
 
@@ -57,6 +69,7 @@ def held(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
     if any(found["versions"][word] != value for word, value in versions().items()):
         raise ValueError(f"{path} was measured with {found['versions']}, this is {versions()}: write to another place with --out")
+    _added_to[path] = found
     return found
 
 

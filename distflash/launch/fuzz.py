@@ -27,7 +27,8 @@ import torch
 import distflash
 from distflash.kernels.base import accumulator
 from distflash.launch import trial
-from distflash.launch.doctor import output, versions
+from distflash.launch.checkout import commit
+from distflash.launch.doctor import versions
 from distflash.launch.draw import RANKS, SAME_FORM, Case, draw
 from distflash.launch.early import runs_of
 from distflash.launch.parent import end_with
@@ -233,18 +234,12 @@ def _record(world: World, tally: Tally, seeds: range, options: str, seconds: flo
         "mismatches": tally.mismatches,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
         "processes": world.size,
         "versions": {name: value for name, value in versions().items() if value},
         "covered": {axis: dict(sorted(counts.items())) for axis, counts in tally.covered.items()},
     }
-
-
-def _commit() -> str | None:
-    """The commit that runs, and whether files were changed since; None if this is no checkout."""
-    root = Path(__file__).parents[2]
-    return output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]) if (root / ".git").exists() else None
 
 
 def _append(file: Path, run: dict[str, Any]) -> None:
