@@ -155,7 +155,7 @@ def main() -> None:
     out = args.out or RESULTS / f"kernels_{versions()['device'].lower().removeprefix('nvidia ').replace(' ', '_')}.json"
     if args.plot:
         found = json.loads(out.read_text())
-        title = f"{found['versions']['device']}, bf16, B S = {peers.TOKENS}; causal drawn through, full dashed"
+        title = f"{found['versions']['device']}, bf16, B S = {peers.TOKENS}; causal solid, full dashed"
         kernel_table.plot(found["rows"], title, out.with_suffix(".png"))
         return
     rows = measure(args, out.with_suffix(".log"))

@@ -138,12 +138,12 @@ def _row(candidate: Candidate, model: Model, cluster: Cluster, tokens: int) -> d
     }  # fmt: skip
 
 
-HEADS = ("layout", "order", "ulysses", "wire", "forward ms", "backward ms", "exposed ms", "step s", "GB a GPU", "why")
+HEADS = ("layout", "order", "ulysses", "wire", "forward ms", "backward ms", "exposed ms", "step s", "GB per GPU", "why")
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     times = {f"{name} ms": f"{1e3 * row[name]:.2f}" for name in ("forward", "backward", "exposed")}
-    rest = {"step s": f"{row['step']:.2f}", "GB a GPU": f"{row['bytes'] / 1e9:.1f}", "why": row["reason"]}
+    rest = {"step s": f"{row['step']:.2f}", "GB per GPU": f"{row['bytes'] / 1e9:.1f}", "why": row["reason"]}
     return {name: str(row[name]) for name in HEADS[:4]} | times | rest
 
 

@@ -38,7 +38,7 @@ def test_the_table_names_the_best_scheme_why_and_what_was_left_out():
     told = invoke("--model", "llama-3-8b", "--seq", "256k", "--gpus", "16", "--per-node", "8", "--nic", "400Gb", "--top", "3")
     assert told.exit_code == 0, told.output
     title = "llama-3-8b, 262,144 tokens, causal, 16 x H200, 8 a host"
-    for expected in (title, "exposed", "basis: kernels measured on an H100", "left out: "):
+    for expected in (title, "exposed ms", "GB per GPU", "basis: kernels measured on an H100", "left out: "):
         assert expected in told.stdout
     found = ranking("--model", "llama-3-8b", "--seq", "256k", "--gpus", "16", "--device", "h200")["ranking"]
     times = [row["forward"] + row["backward"] for row in found]
