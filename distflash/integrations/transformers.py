@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORE", "SEQUENCE", "enable", "shard"]
 
+RECURRENT = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}  # layer types whose tokens meet by other ways than attention
+
 
 def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str = "auto", deterministic: bool = False) -> None:
     """Replace all attention of a Transformers model by `distflash.attention`, on one device, or across the ranks of `sp`.
@@ -37,6 +39,7 @@ def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str 
     sinks, dropout, cross-attention, generation with a dynamic cache. With `sp`, call it with batches that come from `shard`;
     `enable(model)` returns it to whole sequences, say for generation. `kernel` and `deterministic` are those of `distflash.attention`.
 
+    Layers that are not attention stay as they are: where there are such that mix tokens, packed documents are refused in the forward.
     Raises ValueError on models whose attention cannot be replaced, and with `sp` on models that would compute a shard of the tokens
     wrong: tokens mixed by other layers than attention, positions that the model makes itself, RoPE that depends on the longest
     position in the batch, a loss that is not the mean over next tokens, a router's loss.
@@ -51,8 +54,10 @@ def enable(model: nn.Module, sp: SequenceParallel | None = None, *, kernel: str 
     if sp is not None and (reason := _why_not(inner)):
         raise ValueError(f"{type(inner).__name__} cannot share a sequence between ranks: {reason}")
     # Transformers takes a name with "flash" in it for one of its own
-    name = "_".join(["exact_sharded" if sp is not None else "exact", kernel, *(["deterministic"] if deterministic else [])])
-    AttentionInterface.register(name, partial(_attention, _Asked(sp is not None, kernel, deterministic)))
+    asked = _Asked(sp is not None, kernel, deterministic, hybrid=sp is None and _is_hybrid(inner))
+    words = [word for word, true in (("deterministic", deterministic), ("hybrid", asked.hybrid)) if true]
+    name = "_".join(["exact_sharded" if sp is not None else "exact", kernel, *words])
+    AttentionInterface.register(name, partial(_attention, asked))
     AttentionMaskInterface.register(name, read)  # without one, Transformers drops padding and documents
     inner.set_attn_implementation(name)
     models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
@@ -67,6 +72,7 @@ class _Asked(NamedTuple):
     sharded: bool
     kernel: str
     deterministic: bool
+    hybrid: bool  # attention is not all that mixes tokens
 
 
 def _attention(
@@ -115,6 +121,11 @@ def _attention(
     check_borders(cu_seq_lens_q, cu_seq_lens_k)
     if cu_seq_lens_q is None:  # those that are given say where documents begin, whatever the positions
         seen.check_positions(position_ids, sharded=False)
+    if enabled.hybrid and ((cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2) or seen.holds_documents()):
+        raise ValueError(
+            "attention would keep the packed documents of a row apart, but this model has linear attention, convolutions or other "
+            "recurrent layers, which would mix them: give each document a row of its own, padded with attention_mask"
+        )
     packed = seen.packed(cu_seq_lens_q)
     if packed is None:
         return _out(call(q, k, v)), None
@@ -192,6 +203,12 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if getattr(config, "output_router_logits", False):
         return "config.output_router_logits: the router's loss is no sum over tokens, each rank would balance its own; set it to False"
     return None
+
+
+def _is_hybrid(model: PreTrainedModel) -> bool:
+    """Whether tokens also meet in layers that know nothing of the documents that attention is told: those of Qwen3-Next, LFM2, Bamba."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return bool(kinds & RECURRENT) or any(getattr(m, "_is_stateful", False) for m in model.modules())
 
 
 def _numbers_positions(module: nn.Module) -> bool:

@@ -86,6 +86,11 @@ class Visible:
             )
         self._checked.append(position_ids)
 
+    def holds_documents(self) -> bool:
+        """Whether a row has two tokens beside each other, no padding, that are not of one document."""
+        apart = ~self.joined[:, 1:]
+        return bool((apart if self.valid is None else apart & (self.valid[:, 1:] & self.valid[:, :-1]).cpu()).any())
+
     def packed(self, cu_seqlens: Tensor | None) -> Packed | None:
         """The documents, with those of `cu_seqlens` if given; None if every row is one document without padding."""
         key = id(cu_seqlens)

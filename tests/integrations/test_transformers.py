@@ -459,6 +459,47 @@ def test_models_that_mix_tokens_by_other_layers_are_refused():
         enable(bart, distflash.SequenceParallel.single())
 
 
+def hybrid(name):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "attn_implementation": "eager"}
+    if name == "Lfm2":
+        config = transformers.Lfm2Config(layer_types=["full_attention", "conv"], **sizes)
+    else:
+        heads = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        kinds = ["full_attention", "linear_attention"]
+        config = transformers.Qwen3NextConfig(layer_types=kinds, head_dim=8, **sizes, **heads, **experts)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2"])
+def test_packed_documents_that_other_layers_than_attention_would_mix_are_refused(name):
+    model = hybrid(name)
+    batch = {word: x for word, x in batch_of("packed").items() if word != "labels"} | {"use_cache": False}
+    first = batch["input_ids"].clone()
+    first[0, : CU[1]] = (first[0, : CU[1]] + 1) % VOCABULARY  # of the first document
+    eager = [model(**batch | {"input_ids": ids}).logits[0, CU[1]] for ids in (batch["input_ids"], first)]
+    assert (eager[0] - eager[1]).abs().max() > 1e-3  # on its own, such a model lets documents see each other
+    enable(model)
+    for borders in ({}, {"cu_seq_lens_q": torch.tensor(CU, dtype=torch.int32)}):
+        with pytest.raises(ValueError, match=r"packed documents of a row.*would mix them.*give each document a row of its own"):
+            model(**batch | borders)
+    with pytest.raises(ValueError, match="would see only the tokens of its rank"):
+        enable(model, distflash.SequenceParallel.single())
+
+
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2"])
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+def test_a_model_with_other_layers_beside_attention_computes_whole_rows(name, kind):
+    model, batch = hybrid(name), batch_of(kind)
+    expected = truth(model, batch)
+    enable(model)
+    agree(step(model, batch | {"use_cache": False}), expected, 1e-4)
+
+
 @pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Camembert", "Data2VecText", "OPT"])
 def test_models_that_number_positions_themselves_are_refused(name):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
