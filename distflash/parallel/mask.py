@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -108,7 +108,8 @@ def kept(run: Run) -> int:
     return Tile(slice(0, len(run.span)), slice(0, kv.stop - kv.start), band).area
 
 
-def needs(layout: Sequence[Sequence[range]], mask: AnyMask) -> list[int]:
+@lru_cache(maxsize=1)  # every rank's plan asks it of the same two, one after the other
+def needs(layout: tuple[tuple[range, ...], ...], mask: AnyMask) -> tuple[int, ...]:
     """For each rank, as bits, the ranks of whose keys some query of its own sees one.
 
     All ranks' spans are sorted once, so that a run of queries finds the owners of the keys it reaches by bisection. Stripes
@@ -132,7 +133,7 @@ def needs(layout: Sequence[Sequence[range]], mask: AnyMask) -> list[int]:
                 for n, _, kv in keys.inside(*reach):
                     if not found[rank] >> owners[n] & 1 and _meeting(run, 0, kv):
                         found[rank] |= 1 << owners[n]
-    return found
+    return tuple(found)
 
 
 class _Held:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distflash.parallel.layout import LAYOUTS, Layout, gathered, lengths, split
 from distflash.parallel.mask import Mask, needs, tiles
-from distflash.parallel.plan import ORDERS, Order, Visit, alone, plan
+from distflash.parallel.plan import ORDERS, Order, Visit, alone, plan, readers
 from distflash.parallel.slices import Slices
 from distflash.tile import Band, Tile, Tiles
 
@@ -227,7 +227,20 @@ def test_who_needs_whom_is_what_the_tiles_say():
             for case, mask in masks.items():
                 spans = layout(mask.documents or (0, S) if isinstance(mask, Mask) else (0, S), ranks)
                 expected = [sum(1 << owner for owner in range(ranks) if tiles(spans[rank], spans[owner], mask)) for rank in range(ranks)]
-                assert needs(spans, mask) == expected, f"{name}, P={ranks}, {case}"
+                assert needs(spans, mask) == tuple(expected), f"{name}, P={ranks}, {case}"
+
+
+def test_who_needs_whom_is_found_out_once_for_all_ranks_and_anew_for_another_mask_or_layout():
+    """It looks at every pair of ranks: for each rank again, it would be most of what 64 plans take."""
+    order = ORDERS["ring"](16, 16)
+    needs.cache_clear()
+    for name, mask in (("contiguous", Mask(9, 0)), ("contiguous", Mask(None, 0)), ("zigzag", Mask(None, 0))):
+        for rank in range(16):  # equal ones will do: each caller makes its own
+            layout = LAYOUTS[name]((0, 16 * S), 16)
+            received = {visit.owner for visit in plan(layout, mask, order, rank) if visit.tiles}
+            assert received == {owner for owner in range(16) if tiles(layout[rank], layout[owner], mask)}
+            assert rank not in readers(layout, mask, rank)
+    assert needs.cache_info().misses == 3
 
 
 def _traffic(ranks: int, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, list[tuple[Visit, ...]]]]:
