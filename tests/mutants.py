@@ -204,7 +204,7 @@ MUTANTS = {
         "parallel/plan.py", "t - (per_node if t % per_node == 0 else 1)", "t",
         "parallel/test_plan.py::test_owner_tables_are_permutations_that_start_at_home"),
     "a gradient goes where its block came from": Mutant(
-        "parallel/plan.py", "else self.where[now + 1][block]", "else self.where[now - 1][block]",
+        "parallel/plan.py", "else self.order.holder(block, now + 1)", "else self.order.holder(block, now - 1)",
         "parallel/test_plan.py::test_a_gradient_comes_home_with_one_part_of_every_rank_that_keeps_something[3]"),
     "a block is passed on by a rank that skipped it": Mutant(
         "parallel/plan.py", "return holder if self.needed(holder, block) else block", "return holder",

@@ -9,6 +9,7 @@ staged   when others' blocks are copied into limited memory, and which of them a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,10 +21,25 @@ from distflash.tile import Tiles
 
 @dataclass(frozen=True)
 class Order:
-    """owner[rank][t]: whose block `rank` works on at step t. sent[t] < t: the step at which that block sets out."""
+    """Blocks go round inside nodes of `node` consecutive ranks, and after each time round on to the next node; one node is a ring.
 
-    owner: tuple[tuple[int, ...], ...]
+    sent[t] < t: the step at which the block that is worked on at step t sets out.
+    """
+
+    ranks: int
+    node: int
     sent: tuple[int, ...]  # sent[0] is unused: the own block is there
+
+    def __post_init__(self) -> None:
+        assert self.ranks % self.node == 0 and len(self.sent) == self.ranks, self
+
+    def owner(self, rank: int, step: int) -> int:
+        """Whose block a rank works on at a step."""
+        return (rank // self.node - step // self.node) * self.node % self.ranks + (rank - step) % self.node
+
+    def holder(self, block: int, step: int) -> int:
+        """Which rank works on a block, named by its owner, at a step."""
+        return (block // self.node + step // self.node) * self.node % self.ranks + (block + step) % self.node
 
     @property
     def held(self) -> int:
@@ -45,23 +61,17 @@ class Order:
 
 def ring(ranks: int, per_node: int) -> Order:
     """Each step passes the block on to the next rank (Ring Attention, arXiv:2310.01889)."""
-    return Order(tuple(tuple((r - t) % ranks for t in range(ranks)) for r in range(ranks)), tuple(t - 1 for t in range(ranks)))
+    return Order(ranks, ranks, tuple(t - 1 for t in range(ranks)))
 
 
 def all_gather(ranks: int, per_node: int) -> Order:
     """Every block sets out at once, straight to every rank: all of K/V is held, latency is paid once."""
-    return Order(ring(ranks, per_node).owner, (0,) * ranks)
+    return Order(ranks, ranks, (0,) * ranks)
 
 
 def double_ring(ranks: int, per_node: int) -> Order:
     """Go round inside the node; the hop between nodes sets out a whole inner ring early (LoongTrain, arXiv:2406.18485)."""
-    nodes, steps = ranks // per_node, range(ranks)
-    owner = tuple(
-        tuple((n - t // per_node) % nodes * per_node + (local - t) % per_node for t in steps)
-        for n in range(nodes)
-        for local in range(per_node)
-    )
-    return Order(owner, tuple(t - (per_node if t % per_node == 0 else 1) for t in steps))
+    return Order(ranks, per_node, tuple(t - (per_node if t % per_node == 0 else 1) for t in range(ranks)))
 
 
 ORDERS: dict[str, Callable[[int, int], Order]] = {"ring": ring, "all_gather": all_gather, "double_ring": double_ring}
@@ -128,9 +138,7 @@ class _Ways:
     """The ways of blocks and of their gradients: an order, without the ranks that need nothing of a block."""
 
     def __init__(self, order: Order, need: Sequence[int], rank: int):
-        self.need, self.rank = need, rank
-        self.at = list(zip(*order.owner, strict=True))  # at[t][rank] = owner
-        self.where = [{owner: holder for holder, owner in enumerate(row)} for row in self.at]
+        self.order, self.need, self.rank = order, need, rank
 
     def needed(self, holder: int, block: int) -> bool:
         return bool(self.need[holder] >> block & 1)
@@ -139,57 +147,61 @@ class _Ways:
         """What we send and receive at step `now` for step `then`."""
 
         def giver(block: int) -> int:
-            holder = self.where[now][block]
+            holder = self.order.holder(block, now)
             return holder if self.needed(holder, block) else block
 
         def dest(block: int) -> int | None:
-            after = self.where[then][block]
+            after = self.order.holder(block, then)
             return after if giver(block) == self.rank and self.needed(after, block) else None
 
-        here, coming = self.at[now][self.rank], self.at[then][self.rank]
+        here, coming = (self.order.owner(self.rank, step) for step in (now, then))
         own = dest(self.rank) if here != self.rank else None
         return Hop(then, dest(here), own, giver(coming) if self.needed(self.rank, coming) else None)
 
     def home(self, now: int) -> Home:
         """The gradients that we send and receive after step `now`."""
-        last = now + 1 == len(self.at)
+        last = now + 1 == self.order.ranks
 
         def heir(block: int) -> int:
-            after = block if last else self.where[now + 1][block]
+            after = block if last else self.order.holder(block, now + 1)
             return after if self.needed(after, block) else block
 
         def holds(holder: int, block: int) -> bool:
             return holder == block or self.needed(holder, block)
 
         def source(block: int) -> int | None:
-            holder = self.where[now][block]
+            holder = self.order.holder(block, now)
             return holder if holder != self.rank and holds(holder, block) and heir(block) == self.rank else None
 
-        here = self.at[now][self.rank]
+        here = self.order.owner(self.rank, now)
         dest = heir(here) if holds(self.rank, here) else self.rank
         return Home(
             None if dest == self.rank else dest,
-            None if last else source(self.at[now + 1][self.rank]),
+            None if last else source(self.order.owner(self.rank, now + 1)),
             source(self.rank),
         )
 
 
-def plan(layout: Layout, mask: AnyMask, order: Order, rank: int) -> tuple[Visit, ...]:
+def plan(layout: Layout, mask: AnyMask, order: Order, rank: int, need: Sequence[int] | None = None) -> tuple[Visit, ...]:
     """The visits of one rank, in order. Every allowed (query, key) pair is in exactly one tile of exactly one rank.
 
     The order says who would work on a block at which step; ranks that keep nothing of it are left out. A block comes from the
     rank that works on it when it sets out, or straight from its owner if that rank does not need it; a gradient is passed on
     to the rank that adds to it at the next step, or straight to its owner. So nobody holds a block longer than the order does,
     and messages are posted by step on both sides, so that no two ranks wait for each other. A step at which a rank neither
-    computes nor exchanges anything is no visit of its plan; step 0, on the own block, always is.
+    computes nor exchanges anything is no visit of its plan; step 0, on the own block, always is. `need` is `needs(layout, mask)`
+    where that is known without looking.
     """
-    ways, tokens = _Ways(order, needs(layout, mask), rank), lengths(layout)
+    ways, tokens = _Ways(order, needs(layout, mask) if need is None else need, rank), lengths(layout)
     rows = cut(layout[rank], mask.pieces)
+    leaving: dict[int, list[int]] = defaultdict(list)  # by the step at which they set out: steps that blocks are for
+    for then in range(1, order.ranks):
+        leaving[order.sent[then]].append(then)
     visits = []
-    for now, row in enumerate(ways.at):
-        owner = row[rank]
+    for now in range(order.ranks):
+        owner = order.owner(rank, now)
         found = meet(rows, layout[owner], tokens[rank]) if ways.needed(rank, owner) else Tiles((), tokens[rank], tokens[owner])
-        hops = (ways.hop(now, then) for then in range(1, len(ways.at)) if order.sent[then] == now)
+        hops = (ways.hop(now, then) for then in leaving[now])
         visit = Visit(now, (Part(owner, range(tokens[owner])),), found, tuple(hop for hop in hops if hop.busy), ways.home(now))
         if now == 0 or visit.tiles or visit.hops or visit.home.busy:
             visits.append(visit)

@@ -98,12 +98,13 @@ def test_whatever_the_plan_all_that_is_sent_arrives_and_no_way_carries_two_at_on
 @pytest.mark.parametrize("order", ["ring", "double_ring"])
 @pytest.mark.parametrize("layout, mask", [("zigzag", (None, 0)), ("contiguous", (None, None)), ("striped", (None, 0))])
 def test_the_closed_form_of_a_plan_is_the_plan(order, layout, mask):
-    scheme, cluster = Scheme(layout, order, 1, 16, 4), Cluster(DEVICES["h200"], 16, 4, network(400))
-    by_plan, by_form = (ranks_of(scheme, cluster, mask=mask, closed=closed) for closed in (False, True))
-    for a, b in zip(by_plan, by_form, strict=True):
-        assert [(s.visit.owner, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in a.steps] == [
-            (s.visit.owner, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in b.steps
-        ]
+    for ranks, length in ((16, 8192), (16, 8197), (8, 500), (4, 63)):
+        scheme, cluster = Scheme(layout, order, 1, ranks, 4), Cluster(DEVICES["h200"], ranks, 4, network(400))
+        by_plan, by_form = (ranks_of(scheme, cluster, mask=mask, cu=(0, length), closed=closed) for closed in (False, True))
+        for a, b in zip(by_plan, by_form, strict=True):
+            assert [(s.visit.step, s.visit.parts, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in a.steps] == [
+                (s.visit.step, s.visit.parts, s.visit.hops, s.visit.home, s.visit.tiles.tiles) for s in b.steps
+            ]
 
 
 @pytest.mark.parametrize("order, ulysses", [("ring", 1), ("double_ring", 1), ("ring", 4)])

@@ -131,10 +131,20 @@ def test_random_documents_windows_and_orders_are_covered(sizes, left, right, ran
 def test_owner_tables_are_permutations_that_start_at_home(ranks):
     for name, order in orders(ranks).items():
         everyone = list(range(ranks))
-        assert [row[0] for row in order.owner] == everyone, f"{name}: step 0 works on the own block"
-        assert all(sorted(row) == everyone for row in order.owner), f"{name}: a rank meets a block twice"
-        assert all(sorted(column) == everyone for column in zip(*order.owner, strict=True)), f"{name}: two ranks hold one block"
+        owner = [[order.owner(rank, t) for t in everyone] for rank in everyone]
+        assert [row[0] for row in owner] == everyone, f"{name}: step 0 works on the own block"
+        assert all(sorted(row) == everyone for row in owner), f"{name}: a rank meets a block twice"
+        assert all(sorted(column) == everyone for column in zip(*owner, strict=True)), f"{name}: two ranks hold one block"
+        assert all(order.holder(owner[rank][t], t) == rank for rank in everyone for t in everyone), f"{name}: who holds a block"
         assert all(0 <= order.sent[t] < t for t in range(1, ranks)), f"{name}: a block sets out after it is needed"
+
+
+def test_a_double_ring_goes_round_inside_its_node_and_then_on_to_the_next_node():
+    order = ORDERS["double_ring"](6, 3)
+    assert [[order.owner(rank, t) for t in range(6)] for rank in (0, 4)] == [[0, 2, 1, 3, 5, 4], [4, 3, 5, 1, 0, 2]]
+    assert order.sent[1:] == (0, 1, 0, 3, 4), "to the next node while the first time round lasts"
+    one, ring = ORDERS["double_ring"](6, 6), ORDERS["ring"](6, 3)
+    assert (one.node, one.sent[1:]) == (ring.node, ring.sent[1:]), "one node is a ring"
 
 
 TRAFFIC = {  # what is needed of whom: everything, the lower half, neighbours, scattered documents

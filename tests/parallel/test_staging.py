@@ -79,7 +79,7 @@ def test_an_order_keeps_as_many_blocks_as_it_may():
             order = make(ranks, 2 if ranks % 2 == 0 else 1)
             for blocks in range(1, ranks + 2):
                 found = order.within(blocks)
-                assert found.owner == order.owner and all(found.sent[t] < t for t in range(1, ranks))
+                assert (found.ranks, found.node) == (order.ranks, order.node) and all(found.sent[t] < t for t in range(1, ranks))
                 assert all(found.sent[t] >= order.sent[t] for t in range(1, ranks)), "a block sets out before its order says"
                 assert found.held <= max(blocks, min(2, ranks - 1))
     gather = ORDERS["all_gather"](8, 8)
