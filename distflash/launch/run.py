@@ -79,6 +79,7 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
+    config.signals_to_handle = heeded(getattr(config, "signals_to_handle", ""))  # an older torch ends on all of them
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         program, *rest = tied([sys.executable, "-u", *target, *arguments])
@@ -94,6 +95,11 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
         del os.environ[LAUNCHER], store
         logs.cleanup()
     return 0
+
+
+def heeded(signals: str) -> str:
+    """Those of a list of names that this process does not ignore: whoever started it with nohup wants it to outlive the terminal."""
+    return ",".join(name for name in signals.split(",") if name and signal.getsignal(signal.Signals[name]) != signal.SIG_IGN)
 
 
 def threads(ranks: int) -> int:
@@ -132,7 +138,8 @@ def story(rank: int, failure: ProcessFailure, failed: int) -> str:
     how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {failure.signal_name()}"
     others = f"; {failed - 1} more failed after it" if failed > 1 else ""
     trace = _extra(failure).get("py_callstack")
-    tail = _indented(trace.rstrip().splitlines()) if trace else "  (it left no traceback)"
+    none = "  (it left no traceback)" if failure.exitcode < 0 else "  (it noted no traceback: what it printed is above)"
+    tail = _indented(trace.rstrip().splitlines()) if trace else none
     return f"distflash run: rank {rank} (pid {failure.pid}) failed first, with {how}{others}:\n{tail}"
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -52,8 +52,9 @@ class World:
 
 @dataclass
 class _Session:
-    """What this process holds between init() and shutdown()."""
+    """What this process holds between init() and shutdown(). What it forks has a copy, without the threads and connections behind it."""
 
+    process: int = field(default_factory=os.getpid)
     world: World | None = None
     adopted: bool = False
     store: Store | None = None
@@ -135,6 +136,7 @@ def init(
         return _session.world
     if not dist.is_available():
         raise RuntimeError(f"{place.launcher} started {place.size} ranks, but this torch has no distributed package: install another build")
+    _session.process = os.getpid()
     _hook_failures()
     if place.local_rank is not None:
         devices.claim(place, backend)  # a rank that has no device fails here, before it meets the others
@@ -210,9 +212,11 @@ def _adopt(backend: str | None) -> World:
 
 
 def shutdown() -> None:
-    """End what init() began; harmless when there is nothing to end. Runs by itself at exit."""
+    """End what init() began; harmless when there is nothing to end, and in a process that a rank has forked. Runs by itself at exit."""
     import torch.distributed as dist
 
+    if _session.process != os.getpid():
+        return
     store, serves, world, adopted = _session.store, _session.serves, _session.world, _session.adopted
     heartbeat = _session.heartbeat
     _session.world = _session.store = None
@@ -231,7 +235,7 @@ def shutdown() -> None:
 
 def _at_exit() -> None:
     shutdown()
-    if _session.heartbeat is not None:
+    if _session.process == os.getpid() and _session.heartbeat is not None:
         _session.heartbeat.end()
 
 
@@ -255,6 +259,9 @@ def _hook_failures() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if _session.process != os.getpid():
+            previous(kind, error, trace)
+            return
         _session.failed = True
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:

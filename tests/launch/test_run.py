@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -71,27 +72,76 @@ def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.parametrize(("name", "number"), [("SIGHUP", None), ("SIGTERM", 143)])
+def test_what_nohup_ignores_ends_no_job_and_what_ends_one_leaves_nothing_behind(tmp_path, name, number):
+    (tmp_path / "alone.py").write_text(ALONE)
+    (tmp_path / "temporary").mkdir()
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "temporary")}
+    command = ["nohup", *distflash("run", "-n", "1", "alone.py", "alone", "4")]
+    launcher = subprocess.Popen(
+        command, cwd=tmp_path, env=environ, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
+    time.sleep(0.5)  # the agent looks at its ranks
+    launcher.send_signal(getattr(signal, name))
+    assert launcher.wait(timeout=60) == (number or 0)
+    assert gone(int((tmp_path / "pid").read_text())) and not [*(tmp_path / "temporary").iterdir()]
+
+
 ALONE = """
 import os, sys, time
 from pathlib import Path
-if sys.argv[1:]:
+if sys.argv[1] == "joins":
     from distflash.launch import init
     init()
 Path("pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(float(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("joins", [["joins"], []])
+@pytest.mark.parametrize("joins", ["joins", "alone"])
 def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path, joins):
     (tmp_path / "alone.py").write_text(ALONE)
     environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py", *joins), cwd=tmp_path, env=environ, start_new_session=True)
+    launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py", joins, "60"), cwd=tmp_path, env=environ, start_new_session=True)
     wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
-    pid = int((tmp_path / "pid").read_text())
     launcher.kill()
     launcher.wait()
-    wait(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text(), 5)  # empty: a zombie
+    wait(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+
+
+def gone(pid):
+    path = Path(f"/proc/{pid}/cmdline")
+    return not path.exists() or not path.read_text()  # empty: a zombie
+
+
+FORKS = """
+import os, sys
+import torch, torch.distributed as dist
+from distflash.launch import init
+
+rank = init(timeout=60).rank
+dist.all_reduce(torch.ones(1))
+for how in ("ends", "fails"):
+    if (child := os.fork()) == 0:
+        if how == "fails":
+            raise ValueError("the bug of a child")
+        sys.exit(3)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == {"ends": 3, "fails": 1}[how], f"a child that {how} left with {code}"
+dist.all_reduce(torch.ones(1))
+if rank == 1:
+    raise ValueError("the bug of rank 1")
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_what_a_rank_has_forked_ends_nothing_of_the_ranks_and_reports_nothing_in_its_name(tmp_path):
+    (tmp_path / "forks.py").write_text(FORKS)
+    done = start(distflash("run", "-n", "2", "forks.py"), tmp_path)
+    assert done.returncode == 1, done.stderr
+    told = done.stderr[done.stderr.index("distflash run: ") :]
+    assert told.startswith("distflash run: rank 1 (pid ") and "the bug of rank 1" in told and "child" not in told.splitlines()[-1]
 
 
 def wait(until, seconds):
@@ -132,6 +182,7 @@ def test_the_story_names_rank_manner_and_traceback():
         "distflash run: rank 3 (pid 1) failed first, with signal SIGKILL; 1 more failed after it:\n  (it left no traceback)"
     )
     assert runner.story(0, failure(1, 5), 1).endswith("exit code 1:\n  Traceback\n  RuntimeError: why")
+    assert runner.story(0, failure(1), 1).endswith("exit code 1:\n  (it noted no traceback: what it printed is above)")  # without init()
 
 
 def test_cores_are_shared_out():
