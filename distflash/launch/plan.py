@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distflash.launch.early import check_file
+
 if TYPE_CHECKING:
     from distflash.cost.choose import Candidate
     from distflash.cost.models import Model
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 MATMUL_SHARE = 0.7  # of the peak that a model's matmuls reach; an 8192³ product in bf16 measured 776 of 989 TFLOP/s on an H100
 VALIDATED = "H200", 2  # the device, and how many of one host, whose measured times stand beside predicted ones in docs/benchmarks.md
+PICTURES = (".png", ".pdf", ".svg")
 DRAWN = 64  # ranks of the largest ring that is drawn whole
 RECOMPUTED = 4 / 3  # checkpointed layers run their matmuls' forward again, attention's results are kept
 
@@ -90,11 +93,17 @@ def plan(
             raise typer.BadParameter(f"{name} {value!r} is not known: use one of {', '.join(known)}")
     if wire not in ("auto", *WIRES) or not (ulysses == "auto" or ulysses.isdecimal()):
         raise typer.BadParameter(f"--wire is one of auto, {', '.join(WIRES)}, --ulysses auto or a number, got {wire!r} and {ulysses!r}")
+    if size(seq) < 1:
+        raise typer.BadParameter(f"--seq must be at least 1 token, got {seq!r}")
+    if picture is not None and picture.suffix not in PICTURES:
+        raise typer.BadParameter(f"--picture {picture} must end in {', '.join(PICTURES)}: that says what is drawn")
     cu = borders(documents, size(seq))
     mask = Mask(window, 0 if causal else window, cu)
     fixed: dict[str, str | int] = {k: v for k, v in (("layout", layout), ("order", order)) if v != "auto"}
     fixed |= {} if ulysses == "auto" else {"ulysses": int(ulysses)}
     try:
+        if picture is not None:
+            check_file("--picture", picture)
         found_device = find(device)
         cluster, chosen = Cluster(found_device, gpus, min(per_node, gpus), network(gigabits(nic))), MODELS[model]
         shape = chosen.shape(batch, found_device.itemsize)

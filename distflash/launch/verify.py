@@ -101,6 +101,7 @@ def verify(
     import distflash
     from distflash.kernels.select import KERNELS
     from distflash.launch.run import OURS, launch
+    from distflash.launch.started import started
     from distflash.launch.world import launched
 
     if kernel is not None and kernel not in KERNELS:
@@ -113,6 +114,10 @@ def verify(
         _recordable(record)
     if nproc is not None:
         _refuse_alone(jobs, seconds, nproc)
+        if (size := started()) > 1:  # each would start so many
+            raise typer.BadParameter(
+                f"--nproc {nproc} starts processes, but a launcher has started this one already, of {size}: leave it out"
+            )
         if ranks is not None:
             raise typer.BadParameter("--ranks are threads of one process, --nproc are processes: give one of them")
         given = {"--length": length, "--kernel": kernel, "--fuzz": fuzz, "--record": record and record.absolute()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Annotated, Any
 
 import typer
@@ -66,6 +67,7 @@ def train(  # a command's parameters are its options: as many as there are
 
 def start(config: TrainConfig, nproc: int | None) -> int:
     """Runs the job in this process if a launcher started it or one rank is enough, else on `nproc` new ranks of this host."""
+    _check_extra()
     from distflash.launch.run import OURS, launch, threads
     from distflash.launch.world import job, launched, restarted
 
@@ -104,6 +106,13 @@ def _default_ranks() -> int:
     import torch
 
     return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else CPU_RANKS
+
+
+def _check_extra() -> None:
+    """The last step of a run, its plot, fails before the first one where its package is missing."""
+    for name in ("safetensors", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise typer.BadParameter(f"training needs {name}, which is not installed: pip install 'distflash[train]'")
 
 
 def _check_early(config: TrainConfig, ranks: int) -> None:

@@ -55,6 +55,9 @@ class Report:
             return
         if self.config.resume:
             self.say(f"resuming after step {step}" if resumed else f"no checkpoint in {self.folder}: starting from step 0")
+        if resumed and self.config.compare_steps:
+            first = f"--compare-steps {self.config.compare_steps} is of the first steps of a run"
+            self.say(f"{first}, and this one goes on after step {step}: nothing is compared")
         with _writing(self.folder):
             aside = folder.begin(resumed)
         if aside:
@@ -162,13 +165,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a crash cut short is passed over."""
+    """Rows of a metrics file; a line that a crash cut short, or a disk spoilt, is passed over."""
     if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    yield row
 
 
 def flops_text(a_second: float) -> str:

@@ -1,5 +1,6 @@
 """launch/early.py and who asks it: what cannot be is said in one line, before anything is computed."""
 
+import importlib.util
 import json
 import os
 
@@ -78,6 +79,37 @@ def test_verify_and_places_that_are_none(refused):
     assert "must be a file that can be written" in refused("verify", "--fuzz", "2", "--record", "/tmp")
     for seed in (10**23, -1):
         assert "Invalid value for '--seed'" in refused("verify", f"--seed={seed}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seq", "0"], "--seq must be at least 1 token, got '0'"),
+        (["--seq", "0k", "--documents", "0,0"], "--seq must be at least 1 token, got '0k'"),
+        (["--picture", "/no/dir/x.png"], "--picture /no/dir/x.png must be in a folder that is there"),
+        (["--picture", "x.foo"], "--picture x.foo must end in .png, .pdf, .svg"),
+    ],
+)
+def test_plan(refused, words, message, monkeypatch):
+    monkeypatch.setattr("distflash.cost.choose.choose", lambda *given, **more: pytest.fail("it plans"))
+    assert message in refused("plan", *words)
+
+
+def test_processes_that_a_launcher_has_started_start_no_more(refused, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("distflash.launch.run.launch", lambda *given: pytest.fail("it starts ranks"))
+    assert "--nproc 3 starts processes, but a launcher has started this one already" in refused("verify", "--nproc", "3")
+
+
+@pytest.mark.parametrize("name", ["safetensors", "matplotlib"])
+@pytest.mark.parametrize("environ", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_training_needs_what_it_will_need_at_its_end(refused, monkeypatch, name, environ):
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked, *more: None if asked == name else found(asked, *more))
+    assert f"training needs {name}, which is not installed: pip install 'distflash[train]'" in refused("train", "--nproc", "1")
 
 
 def test_doctor(monkeypatch):

@@ -46,6 +46,25 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(small_run, world, tmp
     assert files_of(broken.out, 6) == files_of(straight.out, 6)
 
 
+def test_rows_behind_one_that_cannot_be_read_are_kept(small_run, world):
+    config = small_run()
+    run(config, world)
+    before = losses(config)
+    path = Path(config.out) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"\xff\0\n", b"7\n", *lines[1:]]))
+    run(small_run(resume=True), world)
+    assert losses(config) == before
+
+
+def test_a_comparison_that_is_asked_of_a_resumed_run_is_said_not_to_be(small_run, world, capsys):
+    run(small_run(), world)
+    for asked, said in ((2, True), (0, False), (None, False)):
+        capsys.readouterr()
+        run(small_run(resume=True, compare_steps=asked), world)
+        assert ("--compare-steps 2 is of the first steps of a run, and this one goes on after step 6" in capsys.readouterr().out) == said
+
+
 def test_a_run_resumes_past_a_damaged_checkpoint(small_run, world, capsys):
     config = small_run()
     run(config, world)
