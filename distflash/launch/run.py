@@ -138,6 +138,9 @@ def story(rank: int, failure: ProcessFailure, failed: int) -> str:
     how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {failure.signal_name()}"
     others = f"; {failed - 1} more failed after it" if failed > 1 else ""
     trace = _extra(failure).get("py_callstack")
+    if failure.exitcode == -signal.SIGTERM and failed > 1 and not trace:  # the agent ends the others with it
+        how += ", which the launcher sends to the others: who was the first is not known"
+        return f"distflash run: {failed} ranks failed, rank {rank} (pid {failure.pid}) with {how}"
     none = "  (it left no traceback)" if failure.exitcode < 0 else "  (it noted no traceback: what it printed is above)"
     tail = _indented(trace.rstrip().splitlines()) if trace else none
     return f"distflash run: rank {rank} (pid {failure.pid}) failed first, with {how}{others}:\n{tail}"

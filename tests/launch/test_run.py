@@ -185,6 +185,15 @@ def test_the_story_names_rank_manner_and_traceback():
     assert runner.story(0, failure(1), 1).endswith("exit code 1:\n  (it noted no traceback: what it printed is above)")  # without init()
 
 
+def test_of_ranks_that_were_all_told_to_end_none_is_said_to_be_the_first():
+    ended = SimpleNamespace(exitcode=-15, pid=7, error_file_data={}, signal_name=lambda: "SIGTERM")
+    told = runner.story(0, ended, 3)
+    assert told.startswith("distflash run: 3 ranks failed, rank 0 (pid 7) with signal SIGTERM, which the launcher sends to the others")
+    assert told.endswith(": who was the first is not known")
+    assert "failed first" in runner.story(0, failure(-15, 10, lost_connection=True), 2)  # it left a traceback
+    assert runner.story(2, ended, 1).startswith("distflash run: rank 2 (pid 7) failed first, with signal SIGTERM:")
+
+
 def test_cores_are_shared_out():
     assert runner.threads(1) >= runner.threads(2) >= 1
     assert runner.threads(100_000) == 1
