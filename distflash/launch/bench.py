@@ -173,7 +173,9 @@ def bench(
         for one in [best, *found]:
             table.add_row(*_row(one, best))
         if trace is not None:
-            _traced(world, trace, cell, wires.split(",")[0])
+            for wire in wires.split(","):
+                for order in orders.split(","):
+                    _traced(world, trace, cell, wire=wire, order=order)
     if world.is_main:
         Console(width=None if Console().is_terminal else 160).print(table)
 
@@ -204,14 +206,14 @@ def _rate(tflops: float) -> str:
     return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
 
 
-def _traced(world: World, folder: Path, cell: Cell, wire: str) -> None:
+def _traced(world: World, folder: Path, cell: Cell, **scheme: Any) -> None:
     """One forward and backward under torch's profiler: what each stream did, when."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     import distflash
 
-    seq = distflash.SequenceParallel(wire=wire).sequence(cell.length)  # type: ignore[arg-type]
+    seq = distflash.SequenceParallel(**scheme).sequence(cell.length)
     q, k, v = leaves = _inputs(world, seq.local_length, cell)
 
     def step() -> None:
@@ -224,7 +226,8 @@ def _traced(world: World, folder: Path, cell: Cell, wire: str) -> None:
         step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-    found.export_chrome_trace(str(folder / f"S{cell.length}_H{cell.heads}_{cell.kv_heads}_rank{world.rank}.json"))
+    name = f"S{cell.length}_H{cell.heads}_{cell.kv_heads}_{'_'.join(scheme.values())}_rank{world.rank}.json"
+    found.export_chrome_trace(str(folder / name))
 
 
 def as_rows(found: Sequence[Found], best: Found) -> list[dict[str, Any]]:
