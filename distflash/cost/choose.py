@@ -50,7 +50,7 @@ class Candidate:
         """What bounds it, in words."""
         if self.refused:
             return self.refused
-        if self.exposed < _WORTH * self.seconds:
+        if self.exposed <= _WORTH * self.seconds:
             return "communication is hidden behind the kernels"
         tiers = {name: sum(one.tiers[name] for one in self.passes.values()) for name in self.passes["forward"].tiers}
         share = f"{self.exposed / self.seconds:.0%} exposed"

@@ -30,7 +30,7 @@ class Timeline:
     """What happened: seconds of the pass, and (rank of the ring, one of KINDS, start, end) of everything."""
 
     seconds: float = 0.0
-    busy: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # computing, by rank
+    busy: dict[int, float] = field(default_factory=dict)  # computing, by rank: all of them
     events: list[tuple[int, str, float, float]] = field(default_factory=list)
 
     @property
@@ -92,7 +92,8 @@ class _Exchange:
 
 class _Simulation:
     def __init__(self, ranks: Sequence[Rank], pass_: str, per_nic: int):
-        self.ranks, self.pass_, self.per_nic, self.found = ranks, pass_, per_nic, Timeline()
+        self.ranks, self.pass_, self.per_nic = ranks, pass_, per_nic
+        self.found = Timeline(busy=dict.fromkeys(range(len(ranks)), 0.0))
         self.now, self.number = 0.0, count()
         self.heap: list[tuple[float, int, int | _Flight]] = []  # who goes on when: a rank, or a message that has come
         self.queues: list[deque[_Exchange]] = [deque() for _ in ranks]  # of each rank: the one that is carried out, those after it

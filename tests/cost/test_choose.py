@@ -47,6 +47,11 @@ def test_every_candidate_is_ranked_or_refused_with_a_reason():
     assert all(c.reason for c in found)
 
 
+def test_a_mask_that_keeps_nothing_has_a_reason_too():
+    found = choose((0, 8), Slices([]), Shape(8, 2, 64, 64), Cluster(H200, 4, 4, network(400)), WIRES)
+    assert all(c.reason for c in found) and any(c.seconds == 0 and not c.refused for c in found)
+
+
 def test_ties_are_broken_by_memory_then_by_a_fixed_order():
     found = [c for c in ranking(4, 4, 4096, Shape(8, 8, 64, 64), mask=(None, None)) if not c.refused]
     place = {pair: n for n, pair in enumerate(candidates(Cluster(H200, 4, 4, network(400))))}

@@ -15,6 +15,7 @@ from distflash.cost.traffic import PASSES, Message, Scheme, Shape, Share
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.mask import Mask
 from distflash.parallel.plan import ORDERS
+from distflash.parallel.slices import Slices
 from tests.cost.test_time import IDEAL, SHAPE
 
 
@@ -120,6 +121,19 @@ def test_the_first_and_the_last_hosts_stand_for_all(order, ulysses, layout, mask
         assert len(some) == (16 if ulysses == 1 else 4)
         for pass_ in PASSES:
             assert simulate(some, pass_).seconds == pytest.approx(simulate(whole, pass_).seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_ranks_without_work_count_among_those_that_could_compute(ulysses):
+    """Two tokens on four ranks, and on all of them a mask that keeps nothing: then all-to-alls are all that happens."""
+    scheme, cluster = Scheme("contiguous", "ring", ulysses, 4, 4), Cluster(DEVICES["h200"], 4, 4, network(1))
+    spans = scheme.spans((0, 2), Slices([]))
+    for mask, busy in ((Mask(None, 0), 2), (Slices([]), 0)):
+        made = [Rank(scheme.share(spans, mask, SHAPE, n * ulysses), cluster) for n in range(scheme.ring)]
+        for pass_ in PASSES:
+            found = simulate(made, pass_)
+            assert sorted(found.busy) == [*range(scheme.ring)] and sum(map(bool, found.busy.values())) == busy
+            assert found.efficiency <= busy / scheme.ring or not found.seconds
 
 
 def test_what_has_no_closed_form_is_refused():
