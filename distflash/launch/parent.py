@@ -1,8 +1,4 @@
-"""Ranks that do not outlive the process that started them: not even if that is killed, and can tell nobody.
-
-Run as a program, `python -I -S parent.py PID COMMAND...`, this file ties itself to its parent and becomes the command. It needs nothing
-but the standard library: importing the package would cost each rank seconds.
-"""
+"""Ranks that do not outlive the process that started them: not even if that is killed, and can tell nobody."""
 
 from __future__ import annotations
 
@@ -10,15 +6,24 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+HOOK = str(Path(__file__).parent / "hook")
 LAUNCHER = "DISTFLASH_LAUNCHER"  # the pid of `distflash run`, in its ranks' environment
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_launcher() -> None:
-    """Tie a rank of `distflash run` to it; any other process, a rank's own children too, is left as it is."""
+def end_with_launcher(*, early: bool = False) -> None:
+    """Tie a rank of `distflash run` to it; any other process, a rank's own children too, is left as it is.
+
+    early: this is a rank, which has started nothing yet; if the launcher has ended already, the rank ends, too.
+    """
     if os.environ.get(LAUNCHER) == str(os.getppid()):
         end_with(os.getppid())
+    elif early and not _runs(int(os.environ[LAUNCHER])):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with(parent: int) -> None:
@@ -30,19 +35,33 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tied(command: list[str]) -> list[str]:
-    """What to start in place of `command`, a Python program, so that it is tied to this process before its first line runs.
+@contextmanager
+def tied() -> Iterator[None]:
+    """Python programs that this process starts meanwhile are its ranks: on Linux each ties itself before its first line runs.
 
-    torch's agent does the forking and takes no preexec_fn, so the tie is made by a process that becomes the command: exec keeps it,
-    and the pid. That costs a bare interpreter's start, some 20 ms a rank. A program that calls init() would tie itself, but may never
-    do so, or may import for a minute first. SIGKILL leaves it no time to clean up, as it left the launcher none; what it has started
-    is its own affair. The kernel watches the thread that forked: the agent forks in the main one.
+    A program that calls init() ties itself there, but may never do so, or may import for a minute first. torch's agent does the forking
+    and takes no preexec_fn, so the environment carries a hook that Python imports first (hook/sitecustomize.py) and that removes itself
+    from what the program sees. It is not there for a Python that is told to ignore PYTHONPATH (-E, -I), for which init() remains.
+    SIGKILL leaves a rank no time to clean up, as it left the launcher none; what a rank has started itself is its own affair. The
+    kernel watches the thread that forked: the agent forks in the main one.
     """
-    if sys.platform != "linux":
-        return command
-    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+    before = os.environ.get("PYTHONPATH")
+    os.environ[LAUNCHER] = str(os.getpid())
+    if sys.platform == "linux":
+        os.environ["PYTHONPATH"] = os.pathsep.join([HOOK, before] if before else [HOOK])
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER]
+        os.environ.pop("PYTHONPATH", None)
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
-if __name__ == "__main__":
-    end_with(int(sys.argv[1]))
-    os.execv(sys.argv[2], sys.argv[2:])
+def _runs(pid: int) -> bool:
+    with suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True

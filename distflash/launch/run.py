@@ -21,7 +21,7 @@ import typer
 
 from distflash.launch import rendezvous
 from distflash.launch.heartbeat import EXIT_PEER_LOST
-from distflash.launch.parent import LAUNCHER, tied
+from distflash.launch.parent import tied
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -80,10 +80,9 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
     )
     config.signals_to_handle = heeded(getattr(config, "signals_to_handle", ""))  # an older torch ends on all of them
-    os.environ[LAUNCHER] = str(os.getpid())
     try:
-        program, *rest = tied([sys.executable, "-u", *target, *arguments])
-        elastic_launch(config, program)(*rest)
+        with tied():
+            elastic_launch(config, sys.executable)("-u", *target, *arguments)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         sys.stdout.flush()
@@ -92,7 +91,7 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     finally:
-        del os.environ[LAUNCHER], store
+        del store
         logs.cleanup()
     return 0
 
