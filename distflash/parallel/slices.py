@@ -55,7 +55,13 @@ class Slices:
         """Packed documents with borders (0, ..., S), each attending to itself, causal and within a window as asked."""
         left, right = _window("documents", window_size)
         window = (left, 0 if causal else right)
-        return cls(Slice((a, b), (a, b), "band", window) for a, b in pairwise(int(c) for c in cu_seqlens) if a != b)
+        try:
+            cu = [index(c) for c in cu_seqlens]
+        except TypeError:
+            raise TypeError(f"cu_seqlens must hold integers, got {cu_seqlens!r}") from None
+        if len(cu) < 2 or cu[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {cu[:2]}: prepend 0")
+        return cls(Slice((a, b), (a, b), "band", window) for a, b in pairwise(cu) if a != b)
 
     @classmethod
     def prefix_lm(cls, length: int, prefix: int) -> Slices:

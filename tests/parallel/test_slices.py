@@ -274,4 +274,17 @@ def test_many_slices_are_checked_and_cut_without_comparing_all_with_all(monkeypa
         layout = LAYOUTS["contiguous"]((0, length), ranks)
         found = [tile for rank in range(ranks) for visit in plan(layout, many, orders(ranks)["ring"], rank) for tile in visit.tiles]
         assert sum(tile.area for tile in found) == many.area
-        assert asked["_meeting"] <= 2 * len(many) + ranks * ranks * ranks  # one a tile, one a pair of ranks to learn who needs whom
+        assert asked["_meeting"] <= 2 * len(many) + ranks * ranks  # one a tile, one a pair of ranks to learn, once, who needs whom
+
+
+def test_borders_that_would_be_taken_for_others_are_refused():
+    """Lengths for borders, or halves of a token, would leave tokens that see nothing."""
+    same = Slices.documents([0, 3, 8])
+    for borders in (torch.tensor([0, 3, 8]), (0, 3, 3, 8)):
+        assert Slices.documents(borders) == same
+    for borders in ([0, 2.5, 5], torch.tensor([0.0, 2.7, 5.0]), "05"):
+        with pytest.raises(TypeError, match="cu_seqlens must hold integers, got"):
+            Slices.documents(borders)
+    for borders in ([4, 8], [0], []):
+        with pytest.raises(ValueError, match=r"cu_seqlens must start at 0 .*, got .*: prepend 0"):
+            Slices.documents(borders)
