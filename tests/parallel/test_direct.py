@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import distflash
 from distflash.parallel import direct
 from distflash.parallel.layout import LAYOUTS, lengths
 from distflash.parallel.mask import Mask
 from distflash.parallel.plan import ORDERS, halved, narrowed, plan, readers
-from distflash.parallel.wire import symmetric
+from distflash.parallel.wire import p2p, symmetric
 from distflash.parallel.wire.local import LocalGroup, LocalWire, RankLost
 from distflash.testing import check, spmd, spmd_processes
 from tests.parallel.test_ring import MASKS, RAGGED, S, agree, divisors
@@ -163,3 +164,16 @@ def test_gpus_that_cannot_share_memory_are_a_reason_on_every_rank(monkeypatch):
     assert symmetric.obstacle(wire) == "2 of 2 ranks cannot reach the memory of all GPUs of the host"
     wire.per_node = 1
     assert symmetric.obstacle(wire) == "its ranks must share a host"
+
+
+@pytest.mark.parametrize("hosts, per_node", [("aaaa", 4), ("aabb", 2), ("abcd", 1), ("aaab", 1), ("abab", 1), ("abba", 1)])
+def test_ranks_of_hosts_that_hold_unequal_or_scattered_runs_of_them_are_not_taken_to_share_one(monkeypatch, hosts, per_node):
+    """Memory of another host would be asked for, and links between hosts be taken for those inside one."""
+    monkeypatch.setattr(p2p, "host_name", lambda: hosts[dist.get_rank()])
+
+    def work():
+        wire = p2p.P2PWire(dist.group.WORLD)
+        found, wire.device = wire.per_node, torch.device("cuda", 0)
+        return found, hosts == "aaaa" or symmetric.obstacle(wire) == "its ranks must share a host"
+
+    assert spmd_processes(4, work) == [(per_node, True)] * 4

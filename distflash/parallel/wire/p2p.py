@@ -50,11 +50,11 @@ class P2PWire:
         self.patience: float = self.store.timeout.total_seconds()  # type: ignore[attr-defined]  # it has one, its stub has not
 
     def _ranks_per_node(self, hosts: list[int]) -> int:
-        """How many consecutive ranks each host holds, or all ranks where hosts hold unequal or scattered runs."""
+        """How many consecutive ranks each host holds; 1 where hosts hold unequal or scattered runs: no two are sure to share one."""
         per_node = next((n for n in range(1, self.size) if hosts[n] != hosts[0]), self.size)
         runs = [hosts[i : i + per_node] for i in range(0, self.size, per_node)]
         regular = all(len(run) == per_node and len(set(run)) == 1 for run in runs) and len(runs) == len(set(hosts))
-        return per_node if regular else self.size
+        return per_node if regular else 1
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         post = [(dist.isend, rank, x) for rank, x in sends.items()] + [(dist.irecv, rank, x) for rank, x in recvs.items()]
