@@ -74,7 +74,7 @@ def forward_source(
     constants = {f"desc_{name}2": None for name, (_, (_, width)) in tensors.items() if not width}
     constants |= {f"desc_o{n}": None for n in ("", 2) if f"desc_o{n}" not in signature}
     constants |= {"NC": c.consumers, "NB": c.stages, "NQ": c.q_stages, "DV": (columns or sides)[1], "HAS_ACC": acc, "AHEAD": c.ahead}
-    constants |= {"TURNS": c.consumers if c.pingpong else 0, "BOUNDS": bounds if c.one_bound else 2}
+    constants |= {"Q_REGS": c.q_regs, "TURNS": c.consumers if c.pingpong else 0, "BOUNDS": bounds if c.one_bound else 2}
     constants |= {"NAMED": c.consumers if c.named else 0}
     return forward_kernel, signature, constants | {"REGS": c.regs[0], "REGS_P": c.regs[1]}, c.max_regs
 

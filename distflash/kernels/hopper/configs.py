@@ -23,6 +23,7 @@ class ForwardConfig:
     pingpong: bool = False  # consumers take turns at the tensor cores
     one_bound: bool = False  # masks look at one bound where no segment has another
     named: bool = False  # K and V are given back at named barriers, and a row's sum stays with its four threads until an item's end
+    q_regs: int = 0  # columns of Q that a consumer holds in registers: what Q Kᵀ needs not read from shared memory
     persistent: bool = True  # one program an SM; False: one an item
     regs: tuple[int, int] = (240, 24)  # consumer, producer
     max_regs: int = 168  # a thread at launch: registers * warps must be 64 Ki
@@ -89,17 +90,18 @@ def fit(pairs: Iterable[tuple[int, int]], head_dim: int, v_head_dim: int) -> tup
 
 _THREE = {"regs": (160, 32), "max_regs": 128}  # three consumers: four warpgroups share the register file
 _AHEAD = {"q_stages": 2, "ahead": True}
+_HELD = 0 if LATER else 64  # columns of Q
 
 # all by tiles of (query and key, value) head size: others are padded to the next pair that holds both (`fit`)
 FORWARD = {
     (64, 64): ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True) if not LATER else ForwardConfig(2, 128, 3),
-    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True, one_bound=True),
+    (96, 96): ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True, one_bound=True, q_regs=_HELD),
     (128, 128): ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True)
     if not LATER
     else ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     (192, 128): ForwardConfig(2, 128, 2),
     (192, 192): ForwardConfig(2, 64, 3, one_bound=True),
-    (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True),
+    (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True, q_regs=_HELD),
 }
 # what `benchmarks/bench_kernel.py --variants` and `benchmarks/tune.py` try beside the shipped ones; the first is the surely right one
 FORWARD_VARIANTS = {
@@ -121,6 +123,7 @@ FORWARD_VARIANTS = {
         "ahead": ForwardConfig(2, 128, 3, **_AHEAD),
         "ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
         "alone": ForwardConfig(2, 128, 3, q_stages=2, staged=True, one_bound=True),
+        "not_held": ForwardConfig(2, 128, 3, q_stages=2, staged=True, pingpong=True, one_bound=True),
     },
     (128, 128): {
         "simple": ForwardConfig(2, 128, 2, persistent=False),
@@ -132,6 +135,7 @@ FORWARD_VARIANTS = {
         "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True, one_bound=True),
         "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True),
         "named": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True, named=True),
+        "held64": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True, q_regs=64),
         "pingpong": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     },
     (192, 128): {
@@ -151,6 +155,9 @@ FORWARD_VARIANTS = {
         "staged": ForwardConfig(2, 64, 2, staged=True),
         "pingpong": ForwardConfig(2, 64, 2, ahead=True, staged=True, pingpong=True),
         "named": ForwardConfig(2, 64, 2, ahead=True, staged=True, named=True),
+        "not_held": ForwardConfig(2, 64, 2, ahead=True, staged=True),
+        "held32": ForwardConfig(2, 64, 2, ahead=True, staged=True, q_regs=32),
+        "named_held64": ForwardConfig(2, 64, 2, ahead=True, staged=True, named=True, q_regs=64),
     },
 }
 

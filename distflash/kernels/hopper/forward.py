@@ -18,6 +18,8 @@ is but one of it, through a buffer of one part of their own.
 TURNS, the number of consumers or 0: they issue a tile's products in turn, told by the one before at a named barrier, so that one's softmax
 runs beside another's products (FlashAttention-3, arXiv:2407.08608, section 3.1). A tile that a consumer is spared is a turn, too, or their
 numbers would differ; an item's first Q Kᵀ is none.
+Q_REGS columns of Q's first part are held in registers (qr) during an item: with 64 keys a tile, wgmma reads as much of Q as of K, and
+shared memory limits the rate.
 NAMED, the number of consumers or 0: slots of K and V are given back at named barriers, not at ke and ve (slots.py), and a row's sum stays
 with the four threads that share the row until the item's end.
 BOUNDS, 1 or 2: with 1, no row's columns begin later than its segment does (Schedule.left), and masks look at the other end alone.
@@ -34,14 +36,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from distflash.kernels.hopper.common import again, entry, kept, lines
 from distflash.kernels.hopper.feed import buffers, producer
 from distflash.kernels.hopper.items import bounds, from_right, line_of, number, segment, spared
-from distflash.kernels.hopper.out import leave, scaled, stage
-from distflash.kernels.hopper.products import cast, finished, rescaled, row_sums, scores, values, weights, zeros
+from distflash.kernels.hopper.out import leave, padded, scaled, stage
+from distflash.kernels.hopper.products import cast, finished, held, rescaled, row_sums, scores, values, weights, zeros
 from distflash.kernels.hopper.slots import after, before, pass_turn, release, take_turn
 
 
 @gluon.jit
 def step(
-    MASK: gl.constexpr, cid: gl.constexpr, TURNS: gl.constexpr, NAMED: gl.constexpr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero,
+    MASK: gl.constexpr, cid: gl.constexpr, TURNS: gl.constexpr, NAMED: gl.constexpr, qr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, p, zero,
     idx, ph, qs, n0, low, high
 ):  # fmt: skip
     """One column tile, of which MASK bounds are looked at: QK of this one and PV of the last one, of the weights p, run together; the
@@ -49,7 +51,7 @@ def step(
     NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(kf.index(idx), ph)
     take_turn(cid, TURNS)
-    s = scores(q, k, mine, idx, zero)
+    s = scores(qr, q, k, mine, idx, zero)
     pidx, pph = before(idx, ph, NB)
     mbarrier.wait(vf.index(pidx), pph)
     acc = values(p, v, pidx, acc)
@@ -72,9 +74,10 @@ def step(
 
 @gluon.jit
 def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, more, NQ: gl.constexpr,
-    NAMED: gl.constexpr
+    Q_REGS: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
-    """(item r's first Q Kᵀ, issued, its slot and phase) if there are `more` items; K of a first tile that is not wanted is given back."""
+    """(item r's qr; its first Q Kᵀ, issued, its slot and phase) if there are `more` items; K of a first tile that is not wanted is given
+    back."""
     NC: gl.constexpr = q[0].shape[0] // NQ
     NB: gl.constexpr = k[0].shape[0]
     mbarrier.wait(qf.index(r % NQ), (r // NQ) & 1, pred=more)
@@ -85,17 +88,19 @@ def first_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, m
     idx = gl.where(skip, nxt, idx)
     ph = gl.where(skip, nph, ph)
     mbarrier.wait(kf.index(idx), ph, pred=more)
-    return scores(q, k, cid if NQ == 1 else cid + r % NQ * NC, idx, zero), idx, ph
+    mine = cid if NQ == 1 else cid + r % NQ * NC
+    qr = held(q[0].index(mine), zero, Q_REGS)
+    return qr, scores(qr, q, k, mine, idx, zero), idx, ph
 
 
 @gluon.jit
 def next_scores(q, k, cid: gl.constexpr, dealt, qf, kf, ke, idx, ph, zero, r, NQ: gl.constexpr,
-    NAMED: gl.constexpr
+    Q_REGS: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
     """Whether there is an item after item r, and `first_scores` of it."""
     more = r + 1 < number(line_of(dealt, r), 6)
-    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, r + 1, more, NQ, NAMED)
-    return more, s, idx, ph
+    qr, s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, r + 1, more, NQ, Q_REGS, NAMED)
+    return more, qr, s, idx, ph
 
 
 @gluon.jit
@@ -112,8 +117,8 @@ def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr, NAMED: gl.constexpr):
 @gluon.jit
 def consumer(
     cid: gl.constexpr, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
-    NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr,
-    NAMED: gl.constexpr
+    NQ: gl.constexpr, Q_REGS: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
+    BOUNDS: gl.constexpr, NAMED: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -123,12 +128,13 @@ def consumer(
     r_l: gl.constexpr = gl.SliceLayout(1, s_l)
     LN2: gl.constexpr = 0.6931471805599453
     LOG2E: gl.constexpr = 1.4426950408889634
+    HELD: gl.constexpr = 0 if HAS_ACC and padded(v, DV) else Q_REGS  # registers: an epilogue that needs the most addresses
     zero = gl.zeros([64, BN], gl.float32, layout=s_l)
     r = 0
     if cid == NC - 1:
         pass_turn(cid, TURNS)  # the first consumer's first
     more = gl.load(entry(0, order, rounds) + 6) > 0
-    s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ, NAMED)
+    qr, s, idx, ph = first_scores(q, k, cid, dealt, qf, kf, ke, 0, 0, zero, 0, more, NQ, HELD, NAMED)
     s = warpgroup_mma_wait(0, deps=[s])
     while more:
         # the first tile: its Q Kᵀ is done, no PV to go with it
@@ -178,11 +184,11 @@ def consumer(
                     first, low, high, left, inner, total = bounds(segment(item, segments, again(n)), rows)
                 n0 = first + from_right(i, left, inner, total - inner) * BN
                 m, l, acc, x, idx, ph = step(
-                    BOUNDS, cid, TURNS, NAMED, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
+                    BOUNDS, cid, TURNS, NAMED, qr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, n0, low, high
                 )  # fmt: skip
             for _ in range(gl.maximum(masked, done), total):
                 m, l, acc, x, idx, ph = step(
-                    0, cid, TURNS, NAMED, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
+                    0, cid, TURNS, NAMED, qr, q, k, v, mine, kf, ke, vf, ve, m, l, acc, x, zero, idx, ph, qs, 0, low, high
                 )  # fmt: skip
         if NQ == 1:
             mbarrier.arrive(qe.index(0), count=1)
@@ -190,7 +196,7 @@ def consumer(
         mbarrier.wait(vf.index(pidx), pph)
         acc = values(x, v, pidx, acc)
         if AHEAD and not HAS_ACC:  # registers: the earlier visits' rows come in too
-            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, NAMED)
+            more, qr, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, HELD, NAMED)
             acc = finished(acc, x, len(k))
         else:
             acc = finished(acc, x)
@@ -234,7 +240,7 @@ def consumer(
         if AHEAD and not HAS_ACC:
             s = warpgroup_mma_wait(0, deps=[ahead])
         else:
-            more, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, NAMED)
+            more, qr, ahead, idx, ph = next_scores(q, k, cid, dealt, qf, kf, ke, idx, ph, zero, again(r), NQ, HELD, NAMED)
             s = warpgroup_mma_wait(0, deps=[ahead])
         r = r + 1
     if cid == 0:
@@ -246,8 +252,8 @@ def consumer(
 @gluon.jit(do_not_specialize=["rounds", "heads", "group", "t_q"])
 def forward_kernel(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, desc_order, O, M, A, AM, segments, order, qs, rounds, heads, group,
-    t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr,
-    TURNS: gl.constexpr, BOUNDS: gl.constexpr, NAMED: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
+    t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, Q_REGS: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr, NAMED: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
@@ -281,9 +287,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ, NAMED)),
             ],
@@ -294,11 +300,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (consumer, (2, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ, NAMED)),
             ],

@@ -83,7 +83,7 @@ class HopperKernel:
             vector(order, 16),
             out, lse, lse if acc is None else acc.out.contiguous(), lse, work.segments, order, scale * _LOG2E,
             order.shape[1], H, H // Hk, Tq,
-            config.consumers, config.stages, config.q_stages, Dv, acc is not None, config.ahead,
+            config.consumers, config.stages, config.q_stages, config.q_regs, Dv, acc is not None, config.ahead,
             config.consumers if config.pingpong else 0, 1 if config.one_bound and not work.left else 2,
             config.consumers if config.named else 0,
             *config.regs, num_warps=4, maxnreg=config.max_regs,

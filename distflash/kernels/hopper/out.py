@@ -55,12 +55,18 @@ def write(O, A, b, h, start, stop, heads, t, acc, new, old, FIRST: gl.constexpr,
     gl.store(O + at, acc.to(O.dtype.element_ty), mask=inside)
 
 
+@gluon.constexpr_function
+def padded(v, DV):
+    """Whether a tile of V, all its parts, has more columns than the head."""
+    return sum(part.shape[2] for part in v) > DV
+
+
 @gluon.jit
 def leave(O, A, b, h, start, stop, heads, t, acc, new, old, v, DV: gl.constexpr, HAS_ACC: gl.constexpr):
     """`write` of every part."""
     W: gl.constexpr = v[0].shape[2]
     # where rows are padded they cannot be stored in wider words: there columns, too, are hidden from what is computed early
-    HIDE: gl.constexpr = HAS_ACC and (W if len(v) == 1 else W + v[1].shape[2]) > DV
+    HIDE: gl.constexpr = HAS_ACC and padded(v, DV)
     write(O, A, b, h, start, stop, heads, t, acc[0], new, old, 0, DV, HAS_ACC, HIDE)
     if len(acc) == 2:  # after the first part's store, from addresses of its own: the registers of one part at a time
         write(O, A, b, h, again(start), stop, heads, t, acc[1], new, old, W, DV, HAS_ACC, HIDE)

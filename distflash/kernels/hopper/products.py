@@ -23,9 +23,32 @@ def cast(x, k, acc):
 
 
 @gluon.jit
-def scores(q, k, mine, idx, zero):
-    """Issue Q Kᵀ of a tile: a sum over the parts of the head dim."""
-    s = warpgroup_mma(q[0].index(mine), k[0].index(idx).permute([1, 0]), zero, use_acc=False, is_async=True)
+def held(a, zero, COLUMNS: gl.constexpr):
+    """The first COLUMNS of a [64, D] as a register operand of `product`: one, or none."""
+    if COLUMNS:
+        return (a.slice(0, COLUMNS, 1).load(gl.DotOperandLayout(0, zero.type.layout, 2)),)
+    else:
+        return ()
+
+
+@gluon.jit
+def product(first, a, b, zero):
+    """Issue a bᵀ of a [64, D], b [n, D], the `first` columns of a from registers: what wgmma needs not read from shared memory."""
+    if len(first) == 0:
+        return warpgroup_mma(a, b.permute([1, 0]), zero, use_acc=False, is_async=True)
+    else:
+        COLUMNS: gl.constexpr = first[0].type.shape[1]
+        D: gl.constexpr = a.shape[1]
+        s = warpgroup_mma(first[0], b.slice(0, COLUMNS, 1).permute([1, 0]), zero, use_acc=False, is_async=True)
+        for at in gl.static_range(COLUMNS, D, COLUMNS):
+            s = warpgroup_mma(a.slice(at, COLUMNS, 1), b.slice(at, COLUMNS, 1).permute([1, 0]), s, is_async=True)
+        return s
+
+
+@gluon.jit
+def scores(first, q, k, mine, idx, zero):
+    """Issue Q Kᵀ of a tile: a sum over the parts of the head dim, of which `first` has columns of the first."""
+    s = product(first, q[0].index(mine), k[0].index(idx), zero)
     for c in gl.static_range(1, len(k)):
         s = warpgroup_mma(q[c].index(mine), k[c].index(idx).permute([1, 0]), s, is_async=True)
     return s
