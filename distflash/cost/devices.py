@@ -107,10 +107,10 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 
 # `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair on each of two cards: benchmarks/results,
-# kernels_h100_80gb_hbm3.json, and hopper_10_grid.json of its history
+# kernels_h100_80gb_hbm3.json, and hopper_11_grid.json of its history
 _HOPPER = {
-    "forward": {64: Rate(550e12, 2.2), 128: Rate(701e12, 2.1), 256: Rate(743e12, 2.3)},
-    "backward": {64: Rate(559e12, 3.8), 128: Rate(596e12, 3.1), 256: Rate(493e12, 1.8)},
+    "forward": {64: Rate(555e12, 2.3), 128: Rate(707e12, 2.0), 256: Rate(755e12, 1.9)},
+    "backward": {64: Rate(562e12, 3.9), 128: Rate(624e12, 3.6), 256: Rate(497e12, 2.1)},
 }
 # the same of an H200 at D = 128, from the dense blocks of benchmarks/results/ring_2xh200.json: calls in a row, at the clock that the power
 # limit leaves; other head sizes, not measured there, by the ratio of the two devices at this one
