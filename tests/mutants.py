@@ -111,6 +111,15 @@ MUTANTS = {
         f"{STAGING}::test_visits_of_several_blocks_keep_what_the_blocks_keep_and_fit_into_the_limit[zigzag]"),
     "a deterministic call sums what memory lets it sum at once": Mutant(
         "parallel/staging.py", "None if one_each else PACE", "PACE", f"{STAGING}::test_no_bit_depends_on_the_limit[4-symmetric]"),
+    "hosts of unequal size count as one": Mutant(
+        "parallel/wire/p2p.py", "return per_node if regular else 1", "return per_node if regular else self.size",
+        "parallel/test_direct.py::test_ranks_of_hosts_that_hold_unequal_or_scattered_runs_of_them_are_not_taken_to_share_one[aaab-1]"),
+    "borders of documents need not begin at 0": Mutant(
+        "parallel/slices.py", "len(cu) < 2 or cu[0] != 0", "len(cu) < 2",
+        "parallel/test_slices.py::test_borders_that_would_be_taken_for_others_are_refused"),
+    "ranks without work are left out of the efficiency": Mutant(
+        "cost/simulate.py", "Timeline(busy=dict.fromkeys(range(len(ranks)), 0.0))", "Timeline(busy=dict.fromkeys(range(1), 0.0))",
+        "cost/test_simulate.py::test_ranks_without_work_count_among_those_that_could_compute[1]"),
     "the formula of memory forgets the gradient on its way": Mutant(
         "cost/memory.py", "moving = mine", "moving = 0",
         f"{STAGING}::test_the_formula_of_peak_memory_counts_every_byte[copies-4-all_gather-3-zigzag]"),
@@ -127,6 +136,9 @@ MUTANTS = {
         "parallel/planning.py", "self._copied(visits, space, kv_heads, heads,", "self._copied(visits, space, shape.kv_heads, shape.heads,",
         f"{STAGING}::test_the_model_looks_at_the_visits_that_are_carried_out[8-2-16-1-8192]"),
     # the Hopper kernels' work list
+    "of Q's columns that are not in registers, all meet the first of K's": Mutant(
+        "kernels/hopper/products.py", "b.slice(at, COLUMNS, 1)", "b.slice(0, COLUMNS, 1)",
+        "kernels/test_hopper_forward.py::test_variants_with_many_items_a_program[128-held64]"),
     "rows skip a tile that the lower ones of them reach": Mutant(
         "kernels/hopper/schedule.py", "> upper + 63 + hi", "> upper + hi",
         "kernels/test_hopper_schedule.py::test_who_is_spared_a_tile_or_its_mask_does_not_need_it"),
