@@ -144,6 +144,7 @@ BAD_SEQUENCES = {
     "both": ({"length": 3, "cu_seqlens": [0, 3]}, TypeError, ["either length or cu_seqlens"]),
     "a length of 0": ({"length": 0}, ValueError, ["length=0", "positive integer"]),
     "a length that is no integer": ({"length": 2.0}, ValueError, ["length=2.0", "positive integer"]),
+    "a length that is a tensor of floats": ({"length": torch.tensor(2.0)}, ValueError, ["length=tensor(2.)", "positive integer"]),
     "a length that is a bool": ({"length": True}, ValueError, ["length=True", "positive integer"]),
     "borders that fall": ({"cu_seqlens": [0, 5, 3]}, ValueError, ["never decrease", "3 after 5"]),
     "borders of floats": ({"cu_seqlens": [0, 2.5]}, TypeError, ["cu_seqlens", "2.5"]),

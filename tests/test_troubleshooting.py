@@ -139,6 +139,7 @@ RAISED = {  # what raises each text of the page's first tables
     "window=... must be an integer, 0 (only itself) or more": lambda: Slices.sinks_and_window(8, 2, -1),
     "a block mask must be a matrix of 0 and 1": lambda: Slices.from_block_mask([], 4),
     "a block mask must hold 0 and 1": lambda: Slices.from_block_mask([[2]], 4),
+    "block_size=... must be a positive integer or a pair of them": lambda: Slices.from_block_mask([[1]], (4, 8, 16)),
     "... blocks of ... cover ... (queries, keys): lengths=... must end in the last blocks": lambda: Slices.from_block_mask(
         [[1]], 4, (9, 9)
     ),

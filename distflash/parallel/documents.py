@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import index
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +15,12 @@ from distflash.parallel.slices import Slices
 
 def one_document(length: object) -> tuple[int, int]:
     """The borders of one document of `length` tokens. Raises ValueError unless that is a positive integer."""
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+    tokens = 0
+    with suppress(TypeError):
+        tokens = 0 if isinstance(length, bool) else index(cast(Any, length))  # numpy's integers, too
+    if tokens < 1:
         raise ValueError(f"length={length!r} must be a positive integer")
-    return 0, length
+    return 0, tokens
 
 
 def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import pairwise
 from operator import index
@@ -93,9 +94,9 @@ class Slices:
         wrong = next((x for row in rows for x in row if x not in (0, 1)), None)
         if wrong is not None:
             raise ValueError(f"a block mask must hold 0 and 1, got {wrong!r}")
-        size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        size = _block_size(block_size)
         ends = (len(rows) * size[0], len(rows[0]) * size[1])
-        if min(size) < 1 or (lengths and not all(end - s < n <= end for n, end, s in zip(lengths, ends, size, strict=True))):
+        if lengths and not (len(lengths) == 2 and all(end - s < n <= end for n, end, s in zip(lengths, ends, size, strict=True))):
             raise ValueError(
                 f"{len(rows)} x {len(rows[0])} blocks of {size} cover {ends} (queries, keys): lengths={lengths} must end in the last blocks"
             )
@@ -226,6 +227,16 @@ def _shared(a: Tile, b: Tile) -> tuple[int, int] | None:
     bands = [(t.band.lo + shift, t.band.hi + shift) for t in (a, b) for shift in [t.kv.start - t.q.start - kv.start + q.start]]
     both = Tile(q, kv, Band(max(lo for lo, _ in bands), min(hi for _, hi in bands))).cropped()
     return None if both is None else (both.q.start, both.kv.start + max(0, both.band.lo))
+
+
+def _block_size(given: int | Iterable[int]) -> tuple[int, int]:
+    """Of one number or (queries, keys)."""
+    sizes: tuple[int, ...] = ()
+    with suppress(TypeError):
+        sizes = tuple(map(index, given if isinstance(given, Iterable) else (given, given)))
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"block_size={given!r} must be a positive integer or a pair of them, (queries, keys)")
+    return sizes[0], sizes[1]
 
 
 def _rectangles(rows: list[list[Any]]) -> list[tuple[int, int, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,13 @@ def test_gradients_of_unshard_are_summed_in_fp32():
 
     for grad in spmd(4, work):
         assert (grad == 2).all()  # 256 + 1 is 256 in bf16
+
+
+def test_a_length_may_be_any_integer():
+    sp = distflash.SequenceParallel.single()
+    plain = sp.sequence(8)
+    for length in (np.int64(8), torch.tensor(8)):
+        assert type(sp.sequence(length).cu_seqlens[-1]) is int and sp.sequence(length).cu_seqlens == plain.cu_seqlens
 
 
 def test_a_plan_is_made_once_and_shared_by_all_layers():

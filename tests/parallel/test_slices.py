@@ -136,11 +136,12 @@ def test_a_block_mask_keeps_its_blocks_cut_at_the_lengths(data, rows, columns, s
     for given_as in (blocks, blocks.tolist(), torch.tensor(blocks), torch.tensor(blocks, dtype=torch.bool)):
         mask = Slices.from_block_mask(given_as, size, lengths, causal=causal)
         assert (pairs(mask, *lengths) == expected).all()
-    assert Slices.from_block_mask(blocks, size).area == blocks.sum() * size[0] * size[1]
+    for same in (size, np.array(size), torch.tensor(size)):
+        assert Slices.from_block_mask(blocks, same).area == blocks.sum() * size[0] * size[1]
 
 
 def test_a_full_block_mask_is_one_slice():
-    assert len(Slices.from_block_mask(np.ones((8, 8)), 16)) == 1
+    assert len(Slices.from_block_mask(np.ones((8, 8)), 16)) == len(Slices.from_block_mask(np.ones((8, 8)), np.int64(16))) == 1
     assert len(Slices.from_block_mask(np.tri(8), 16)) == 8
 
 
@@ -176,7 +177,8 @@ def test_bad_slices_are_refused_with_the_reason(case):
         (([[1, 0], [1]], 4), "must be a matrix"),
         (([[1, 2]], 4), "0 and 1, got 2"),
         (([[1, 0]], 4, (4, 3)), "(4, 8)"),
-        (([[1, 0]], 0), "lengths=None"),
+        (([[1, 0]], 4, (4,)), "lengths=(4,)"),
+        *((([[1, 0]], size), f"block_size={size!r} must be") for size in (0, (4,), (4, 8, 16), 2.5, "44", (4, None), (4, 0), None)),
     ],
 )
 def test_bad_block_masks_are_refused(args, fragment):
