@@ -10,19 +10,17 @@ configurations of each pass instead of the peers; a candidate that does not laun
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
-from benchmarks.record import RESULTS, slug
+from benchmarks.record import RESULTS, slug, versions, write
 from distflash.kernels.triton import TritonKernel
 from distflash.kernels.triton.configs import EVERY, WHOLE, Config, config, family
 from distflash.tile import Band, Tile, Tiles
@@ -151,9 +149,9 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, default=[8192])
     parser.add_argument("--heads-first", action="store_true", help="our tensors as [B, H, S, D] in memory, like the peers'")
     args = parser.parse_args()
-    gpu, dtype = torch.cuda.get_device_name(), DTYPES[args.dtype]
-    about = {"device": gpu, "torch": torch.__version__, "triton": triton.__version__, "dtype": args.dtype, "tokens": TOKENS, "width": WIDTH}
-    print(about)
+    dtype = DTYPES[args.dtype]
+    about = {"dtype": args.dtype, "tokens": TOKENS, "width": WIDTH}
+    print(versions() | about)
     rows, measure_all = [], compare if args.sweep is None else partial(sweep, args.sweep or list(CANDIDATES))
     for D in args.head_dim:
         errors = {causal: verify(D, causal, dtype) for causal in (True, False)}
@@ -164,9 +162,7 @@ def main() -> None:
                     rows.append({"D": D, "S": S, "causal": causal, **row})
                     print(line(rows[-1]), flush=True)
     out = args.out or RESULTS / f"portable_{slug(torch.device('cuda'))}{'' if args.sweep is None else '_sweep'}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    print("wrote", out)
+    print("wrote", write(out.stem, rows, out.parent, **about))
 
 
 def line(row: dict) -> str:

@@ -7,14 +7,13 @@ One layer's attention, forward and backward, causal zigzag: 8 to 4,096 GPUs, 128
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, write
 from distflash.cost.devices import find, network
 from distflash.cost.even import even
 from distflash.cost.models import MODELS
@@ -91,9 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     about = {"model": options.model, "device": options.device, "per_node": options.per_node, "nic": options.nic}
     rows = points(tuple(p for p in GPUS if p <= options.most), LENGTHS, SHARES, **about)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"scaling_{options.device}.json"
-    path.write_text(json.dumps({"simulated": True, "basis": find(options.device).basis, **about, "rows": rows}, indent=1) + "\n")
+    path = write(f"scaling_{options.device}", rows, options.out, simulated=True, basis=find(options.device).basis, **about)
     draw(rows, path.with_suffix(".png"), f"{options.model}, {options.device}, {options.per_node} a host, {options.nic:g} Gbit/s: simulated")
     heads = ("kind", "scheme", "GPUs", "tokens", "forward ms", "backward ms", "kernels run", "TFLOP/s a GPU")
     table = Table(*heads, title="simulated, not measured")
