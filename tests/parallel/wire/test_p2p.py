@@ -56,7 +56,7 @@ def test_two_hosts_make_a_double_ring_without_being_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("hosts", ["aab", "abb", "aba"])
-def test_hosts_that_hold_unequal_or_scattered_ranks_count_as_one(monkeypatch, hosts):
+def test_hosts_that_hold_unequal_or_scattered_ranks_make_one_ring_of_ranks_that_share_none(monkeypatch, hosts):
     monkeypatch.setattr(p2p, "host_name", lambda: hosts[dist.get_rank()])
 
     def work():
@@ -65,7 +65,7 @@ def test_hosts_that_hold_unequal_or_scattered_ranks_count_as_one(monkeypatch, ho
         sp = distflash.SequenceParallel()
         return sp.order, sp.wire.per_node
 
-    assert spmd_processes(3, work) == [("ring", 3)] * 3
+    assert spmd_processes(3, work) == [("ring", 1)] * 3
 
 
 def test_a_group_of_some_ranks_counts_its_own_ranks():
