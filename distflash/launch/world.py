@@ -18,7 +18,7 @@ import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distflash.launch import devices, options, rendezvous
 from distflash.launch.environment import Place, detect
@@ -63,7 +63,7 @@ class _Session:
     inits: int = 0
     hooked: bool = False
     failed: bool = False
-    nccl_ctas: int | None = None
+    joined: dict[str, Any] = field(default_factory=dict)  # what init() made the group with, by the names of its arguments
 
 
 _session = _Session()
@@ -103,7 +103,8 @@ def init(
     heartbeat, keeps its options, and is left alone by shutdown(). Groups that are made later, by `new_group` or for a mesh, have
     the NCCL options that their maker gives them.
 
-    Raises ValueError for arguments or variables that contradict each other, RuntimeError where the job cannot be joined.
+    Raises ValueError for arguments or variables that contradict each other, or what an earlier call made the group with, RuntimeError
+    where the job cannot be joined.
     """
     import torch
     import torch.distributed as dist
@@ -112,10 +113,7 @@ def init(
     limit = options.checked(backend, timeout, heartbeat, nccl_ctas)
     known = _known(backend)
     if known:
-        if nccl_ctas not in (None, _session.nccl_ctas):
-            raise ValueError(
-                f"init() already joined with nccl_ctas={_session.nccl_ctas}, got {nccl_ctas}: call distflash.launch.shutdown() first"
-            )
+        _check_same(nccl_ctas=nccl_ctas, interface=interface, heartbeat=heartbeat, timeout=None if timeout == 600.0 else timeout)
         return known
     if dist.is_available() and dist.is_initialized():
         if nccl_ctas is not None:
@@ -123,13 +121,13 @@ def init(
                 f"nccl_ctas={nccl_ctas} comes too late, torch.distributed is already initialised: leave it out, and give "
                 "init_process_group ProcessGroupNCCL.Options with config.max_ctas"
             )
-        _session.world, _session.adopted = _adopt(backend), True
+        _session.world, _session.adopted, _session.joined = _adopt(backend), True, {"nccl_ctas": None}
         return _session.world
 
     place = detect(os.environ)
     if nccl_ctas is not None and (backend == "gloo" or (backend is None and not torch.cuda.is_available())):
         raise ValueError(f"nccl_ctas={nccl_ctas} needs the backend nccl, and ranks of this job would talk over gloo: leave it out")
-    _session.nccl_ctas = nccl_ctas
+    _session.joined = {"nccl_ctas": nccl_ctas}
     if place.launcher == "single":
         device = devices.claim(place, backend)
         _session.world = World(0, 0, 1, 1, device, None, "single")
@@ -140,9 +138,19 @@ def init(
     _hook_failures()
     if place.local_rank is not None:
         devices.claim(place, backend)  # a rank that has no device fails here, before it meets the others
-    _session.world = _join(place, backend, timedelta(seconds=timeout), limit, rendezvous.named_interface(interface))
+    named = rendezvous.named_interface(interface)
+    _session.joined |= {"interface": named, "heartbeat": limit, "timeout": timeout}
+    _session.world = _join(place, backend, timedelta(seconds=timeout), limit, named)
     atexit.register(_at_exit)
     return _session.world
+
+
+def _check_same(**asked: object) -> None:
+    """Raise ValueError if a later init() asks for something else than the group was made with; None asks for nothing."""
+    for name, value in asked.items():
+        had = _session.joined.get(name, value)  # one process alone has no peers to wait for, and an adopted group has its own options
+        if value is not None and value != had:
+            raise ValueError(f"init() already joined with {name}={had}, got {value}: call distflash.launch.shutdown() first")
 
 
 def _known(backend: str | None) -> World | None:
@@ -176,7 +184,7 @@ def _join(place: Place, backend: str | None, timeout: timedelta, limit: float, i
     store = dist.PrefixStore(str(_session.inits), store)  # keys of an earlier init() or attempt are never met again
     dist.init_process_group(
         name, store=store, rank=place.rank, world_size=place.size, timeout=timeout, device_id=device if name == "nccl" else None,
-        pg_options=options.nccl_options(timeout, _session.nccl_ctas) if name == "nccl" else None,
+        pg_options=options.nccl_options(timeout, _session.joined["nccl_ctas"]) if name == "nccl" else None,
     )  # fmt: skip  # device_id: NCCL connects now, so that a broken link shows here and not in the first step
     _session.store, _session.serves, _session.adopted = store, serves, False
     if limit and place.size > 1:

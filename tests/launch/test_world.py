@@ -152,6 +152,22 @@ def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked
     shutdown()
 
 
+def test_a_second_call_that_asks_for_something_else_is_refused(monkeypatch):
+    from tests.launch.test_rendezvous import free_port
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    world = init(timeout=77.0, heartbeat=0)
+    assert init() is init(timeout=77.0, heartbeat=0) is init(heartbeat=0.0) is world
+    for name, had, value in (("timeout", "77.0", 60.0), ("heartbeat", "0", 5), ("interface", "None", "eth7")):
+        with pytest.raises(ValueError, match=rf"already joined with {name}={had}.*, got {value}: call distflash.launch.shutdown"):
+            init(**{name: value})
+    shutdown()
+
+
 def test_the_options_of_somebody_elses_group_are_theirs():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.raises(ValueError, match=r"nccl_ctas=8 comes too late, torch.distributed is already initialised: leave it out"):
