@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distflash.parallel.slices import Slices
+from distflash.parallel.slices import Slices, checked_borders
 
 
 def one_document(length: object) -> tuple[int, int]:
@@ -29,15 +29,7 @@ def borders(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be a 1-D int32 or int64 tensor, got {cu_seqlens.dim()}-D {cu_seqlens.dtype}")
         cu_seqlens = cu_seqlens.tolist()
-    try:
-        cu = tuple(index(c) for c in cu_seqlens)
-    except TypeError:
-        raise TypeError(f"cu_seqlens must hold integers, got {cu_seqlens!r}") from None
-    if len(cu) < 2 or cu[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {_short(cu)}: prepend 0")
-    falls = next((n for n in range(1, len(cu)) if cu[n] < cu[n - 1]), None)
-    if falls is not None:
-        raise ValueError(f"cu_seqlens must never decrease, got {cu[falls]} after {cu[falls - 1]} at index {falls}: give cumulative lengths")
+    cu = checked_borders(cu_seqlens)
     if cu[-1] == 0:
         raise ValueError("cu_seqlens ends at 0: there are no tokens to attend to")
     return cu
@@ -57,7 +49,3 @@ def check_balanced_for(mask: object, layout: str, cu: tuple[int, ...]) -> None:
     if layout != "balanced":
         raise ValueError(f"the layout {layout!r} does not look at a mask: use layout='balanced', or give it to attention() only")
     mask.check(cu, cu)
-
-
-def _short(cu: tuple[int, ...]) -> str:
-    return str(list(cu)) if len(cu) <= 6 else f"[{', '.join(map(str, cu[:5]))}, ...]"

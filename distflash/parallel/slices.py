@@ -56,13 +56,7 @@ class Slices:
         """Packed documents with borders (0, ..., S), each attending to itself, causal and within a window as asked."""
         left, right = _window("documents", window_size)
         window = (left, 0 if causal else right)
-        try:
-            cu = [index(c) for c in cu_seqlens]
-        except TypeError:
-            raise TypeError(f"cu_seqlens must hold integers, got {cu_seqlens!r}") from None
-        if len(cu) < 2 or cu[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {cu[:2]}: prepend 0")
-        return cls(Slice((a, b), (a, b), "band", window) for a, b in pairwise(cu) if a != b)
+        return cls(Slice((a, b), (a, b), "band", window) for a, b in pairwise(checked_borders(cu_seqlens)) if a != b)
 
     @classmethod
     def prefix_lm(cls, length: int, prefix: int) -> Slices:
@@ -227,6 +221,21 @@ def _shared(a: Tile, b: Tile) -> tuple[int, int] | None:
     bands = [(t.band.lo + shift, t.band.hi + shift) for t in (a, b) for shift in [t.kv.start - t.q.start - kv.start + q.start]]
     both = Tile(q, kv, Band(max(lo for lo, _ in bands), min(hi for _, hi in bands))).cropped()
     return None if both is None else (both.q.start, both.kv.start + max(0, both.band.lo))
+
+
+def checked_borders(cu_seqlens: Iterable[Any]) -> tuple[int, ...]:
+    """Borders of documents (0, ..., S) as integers. Raises TypeError on others, ValueError where they do not start at 0 or fall."""
+    try:
+        cu = tuple(index(c) for c in cu_seqlens)
+    except TypeError:
+        raise TypeError(f"cu_seqlens must hold integers, got {cu_seqlens!r}") from None
+    if len(cu) < 2 or cu[0] != 0:
+        told = list(cu) if len(cu) <= 6 else f"[{', '.join(map(str, cu[:5]))}, ...]"
+        raise ValueError(f"cu_seqlens must start at 0 and have one border more than documents, got {told}: prepend 0")
+    falls = next((n for n in range(1, len(cu)) if cu[n] < cu[n - 1]), None)
+    if falls is not None:
+        raise ValueError(f"cu_seqlens must never decrease, got {cu[falls]} after {cu[falls - 1]} at index {falls}: give cumulative lengths")
+    return cu
 
 
 def _block_size(given: int | Iterable[int]) -> tuple[int, int]:
