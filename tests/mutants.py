@@ -112,7 +112,7 @@ MUTANTS = {
     "a deterministic call sums what memory lets it sum at once": Mutant(
         "parallel/staging.py", "None if one_each else PACE", "PACE", f"{STAGING}::test_no_bit_depends_on_the_limit[4-symmetric]"),
     "hosts of unequal size count as one": Mutant(
-        "parallel/wire/p2p.py", "return per_node if regular else 1", "return per_node if regular else self.size",
+        "parallel/wire/p2p.py", "    return 1, f", "    return len(hosts), f",
         "parallel/test_direct.py::test_ranks_of_hosts_that_hold_unequal_or_scattered_runs_of_them_are_not_taken_to_share_one[aaab-1]"),
     "borders of documents need not begin at 0": Mutant(
         "parallel/slices.py", "len(cu) < 2 or cu[0] != 0", "len(cu) < 2",

@@ -242,12 +242,13 @@ def test_one_process_needs_no_group_whatever_is_left_in_the_environment(monkeypa
     assert distflash.SequenceParallel().size == 1
 
 
-def test_a_double_ring_that_hosts_cannot_form_is_refused(sent):
+@pytest.mark.parametrize("ranks, per_node, ulysses", [(3, 2, 1), (6, 3, 2), (20, 5, 2)])
+def test_a_double_ring_that_hosts_cannot_form_is_refused(sent, ranks, per_node, ulysses):
     def work(group):
-        fragments = ["double_ring", "3 in rings of 2", "use ring"]
-        refused(lambda: distflash.SequenceParallel(group, order="double_ring"), ValueError, fragments)
+        fragments = ["double_ring", f"{group.size} on hosts of {group.per_node}, ulysses={ulysses}", "use ring"]
+        refused(lambda: distflash.SequenceParallel(group, order="double_ring", ulysses=ulysses), ValueError, fragments)
 
-    spmd(3, work, per_node=2)
+    spmd(ranks, work, per_node=per_node)
 
 
 def test_more_ulysses_ranks_than_heads_are_refused_on_every_rank(sent):

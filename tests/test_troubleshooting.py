@@ -116,7 +116,7 @@ RAISED = {  # what raises each text of the page's first tables
     ),
     "wire='symmetric' cannot serve this group: ...": lambda: spmd_processes(2, lambda: distflash.SequenceParallel(wire="symmetric")),
     "seed=... must be an integer, the same on every rank": lambda: single().seed_dropout(None),
-    "double_ring needs as many ranks on each host": lambda: spmd(
+    "double_ring needs as many consecutive ranks on each host": lambda: spmd(
         3, lambda group: distflash.SequenceParallel(group, order="double_ring"), per_node=2
     ),
     "staging=... is not a positive number of bytes": lambda: distflash.SequenceParallel(staging="2 gigs"),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from distflash.parallel.layout import LAYOUTS, Layout, lengths, split
 from distflash.parallel.mask import AnyMask
-from distflash.parallel.plan import ORDERS, Visit, plan
+from distflash.parallel.plan import ORDERS, Visit, plan, unequal
 from distflash.parallel.slices import Slices
 from distflash.parallel.ulysses import Heads, head_groups, head_shards
 from distflash.parallel.wire.base import ALIGN
@@ -184,8 +184,8 @@ class Scheme:
         """None, or why the library refuses it."""
         if self.ranks % self.ulysses:
             return f"ulysses={self.ulysses} does not divide the {self.ranks} ranks"
-        if self.order == "double_ring" and self.ring % self.ring_per_node:
-            return f"double_ring needs as many ranks on each host, got {self.ring} in rings of {self.ring_per_node}"
+        if self.order == "double_ring" and (found := unequal(self.ranks, self.per_node, self.ulysses)):
+            return f"double_ring needs as many consecutive ranks on each host, got {found}"
         try:
             head_shards(shape.heads, shape.kv_heads, self.ulysses)
         except ValueError as error:

@@ -18,7 +18,7 @@ from distflash.kernels.base import Problem
 from distflash.kernels.select import ADAPTED, BY_NAME_ONLY, candidates
 from distflash.launch.trial import STRIDES, Call, Inputs, inputs, keep_of
 from distflash.parallel.layout import LAYOUTS
-from distflash.parallel.plan import ORDERS
+from distflash.parallel.plan import ORDERS, unequal
 from distflash.parallel.slices import KINDS, Slice, Slices
 
 RANKS = (1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 5, 6, 8)
@@ -139,6 +139,8 @@ def draw(seed: int, device: torch.device, sizes: Sequence[int] = RANKS, *, kerne
         own = dtype if dtype == torch.float64 or (ranks == 1 and chance(0.5)) else torch.float32
         call = call._replace(sinks=torch.randn(heads, generator=generator, device=device).to(own))
     per_node = rng.choice([n for n in range(1, ranks + 1) if ranks % n == 0])
+    if call.order == "double_ring" and unequal(ranks, per_node, call.ulysses):
+        per_node = ranks
     asked = tuple({"slopes": "alibi_slopes"}.get(name, name) for name in variants)
     problem = Problem(device, dtype, heads, kv_heads, dim, v_dim, call.deterministic, asked)
     call = call._replace(kernel=kernel or _kernel(rng, form, problem))

@@ -33,6 +33,7 @@ from distflash.launch.draw import RANKS, SAME_FORM, Case, draw
 from distflash.launch.early import runs_of
 from distflash.launch.parent import end_with
 from distflash.launch.trial import SEED, Results, noise_of, truth_of
+from distflash.parallel.group import unequal_hosts
 from distflash.testing import errors
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ def _found(case: Case, world: World) -> tuple[int, Results]:
     call, x = case.call, case.x
     if case.alone:
         return trial.run_alone(call, x)
-    if world.size > 1:  # what their devices can
-        call = call._replace(wire="auto")
+    if world.size > 1:  # what their devices and hosts can
+        double = call.order == "double_ring" and unequal_hosts(distflash.SequenceParallel().wire, call.ulysses)
+        call = call._replace(wire="auto", order="auto" if double else call.order)
     return SEED, trial.on_ranks(world.size, case.ranks, call, x, case.per_node)
 
 

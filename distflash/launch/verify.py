@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from distflash import SequenceParallel
     from distflash.launch.world import World
 
 HEADS, KV_HEADS = 8, 2
@@ -139,14 +140,14 @@ def verify(
         chosen = sizes if world.size > 1 or ranks is not None else None
         found = fuzzed(world, fuzz, seed, sizes=chosen, kernel=kernel, length=length, file=record, jobs=jobs, seconds=seconds)
         raise typer.Exit(0 if found else 1)
-    report, moved = Report(world, sizes), wires(world)
+    report, sp = Report(world, sizes), distflash.SequenceParallel()
     for case in GPU_CASES if world.device.type == "cuda" else CPU_CASES:
         able, refused = serving(case, world.device, kernel)
         if refused:
             report.say(f"{kernel} cannot serve {case}: {refused}")
         if able:
             trial = Trial(case, length or (1021 if world.device.type == "cuda" else 157), seed, world.device)
-            for scheme in schemes(able, sizes, moved):
+            for scheme in schemes(able, sizes, sp):
                 report.add(case, scheme, *trial.judge(scheme, world))
             report.say(f"{case}: done, {report.count} comparisons so far, {len(report.failures)} out of budget")
     report.print()
@@ -190,17 +191,14 @@ def serving(case: Case, device: torch.device, kernel: str | None) -> tuple[list[
     return [name for name in asked if reasons[name] is None], reasons[kernel] if kernel is not None else None
 
 
-def wires(world: World) -> list[str]:
+def wires(sp: SequenceParallel) -> list[str]:
     """What moves blocks here: threads can copy as GPUs do that reach each other's memory, processes can if their GPUs do."""
-    if world.size == 1:
-        return ["p2p", "symmetric"]
-    from distflash import SequenceParallel
-
-    return ["p2p", "symmetric"] if SequenceParallel().direct else ["p2p"]
+    return ["p2p", "symmetric"] if sp.size == 1 or sp.direct else ["p2p"]
 
 
-def schemes(kernels: list[str], sizes: list[int], wires: list[str]) -> Iterator[Scheme]:
-    """Every layout, order, Ulysses degree and wire, for each kernel and number of ranks."""
+def schemes(kernels: list[str], sizes: list[int], sp: SequenceParallel) -> Iterator[Scheme]:
+    """Every layout, order, Ulysses degree and wire, for each kernel and number of ranks, that the processes of `sp` can form."""
+    from distflash.parallel.group import unequal_hosts
     from distflash.parallel.layout import LAYOUTS
     from distflash.parallel.plan import ORDERS
 
@@ -209,7 +207,9 @@ def schemes(kernels: list[str], sizes: list[int], wires: list[str]) -> Iterator[
             for layout in LAYOUTS:
                 for order in ORDERS:
                     for ulysses in (u for u in range(1, min(ranks, HEADS) + 1) if ranks % u == 0):
-                        yield from (Scheme(name, layout, order, ranks, ulysses, wire) for wire in wires[:ranks])
+                        if order == "double_ring" and unequal_hosts(sp.wire, ulysses):
+                            continue
+                        yield from (Scheme(name, layout, order, ranks, ulysses, wire) for wire in wires(sp)[:ranks])
 
 
 class Trial:
@@ -231,11 +231,13 @@ class Trial:
     def judge(self, scheme: Scheme, world: World) -> tuple[float, str]:
         """(largest relative error, what is out of budget or '')."""
         from distflash.launch.trial import on_ranks
+        from distflash.parallel.plan import unequal
         from distflash.testing import errors
 
         names = ("kernel", "layout", "order", "ulysses", "wire")
         call = self.call._replace(**{name: getattr(scheme, name) for name in names})
-        per_node = scheme.ranks // 2 if scheme.ranks % 2 == 0 else None  # so that a double ring is one
+        half = scheme.ranks // 2  # a host, so that a double ring is one
+        per_node = None if unequal(scheme.ranks, half, scheme.ulysses) else half
         found = on_ranks(world.size, scheme.ranks, call, self.x, per_node)
         broken = errors(found, self.truth, self.low, self.x.q.dtype)
         worst = max(_relative(a, b) for a, b in zip(found, self.truth, strict=True))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from distflash.parallel.plan import unequal
 from distflash.parallel.wire.local import LocalGroup, LocalWire
 from distflash.parallel.wire.p2p import P2PWire
 from distflash.parallel.wire.symmetric import SymmetricWire, obstacle
@@ -84,8 +85,13 @@ def usual_order(wire: P2PWire | LocalWire, order: str, ulysses: int) -> str:
     if ulysses < 1 or wire.size % ulysses:
         divisors = [d for d in range(1, wire.size + 1) if wire.size % d == 0]
         raise ValueError(f"ulysses={ulysses} must divide the {wire.size} ranks of the group: use one of {divisors}")
-    ring, per_node = wire.size // ulysses, max(1, wire.per_node // ulysses)
-    if order == "double_ring" and ring % per_node:
-        raise ValueError(f"double_ring needs as many ranks on each host, got {ring} in rings of {per_node}: use ring")
-    several_hosts = ring % per_node == 0 and 1 < per_node < ring
+    found = unequal_hosts(wire, ulysses)
+    if order == "double_ring" and found:
+        raise ValueError(f"double_ring needs as many consecutive ranks on each host, got {found}: use ring")
+    several_hosts = not found and ulysses < wire.per_node < wire.size
     return ("double_ring" if several_hosts else "ring") if order == "auto" else order
+
+
+def unequal_hosts(wire: P2PWire | LocalWire, ulysses: int) -> str | None:
+    """Why the ranks of a wire cannot make a double ring; None if they can, if only one that is a ring."""
+    return wire.unequal or unequal(wire.size, wire.per_node, ulysses)

@@ -74,6 +74,12 @@ def double_ring(ranks: int, per_node: int) -> Order:
     return Order(ranks, per_node, tuple(t - (per_node if t % per_node == 0 else 1) for t in range(ranks)))
 
 
+def unequal(ranks: int, per_node: int, ulysses: int) -> str | None:
+    """What hosts hold that cannot make a double ring; None if each holds as many consecutive ranks of a ring, be it one, or all."""
+    equal = per_node <= ulysses or (per_node % ulysses == 0 and ranks % per_node == 0)
+    return None if equal else f"{ranks} on hosts of {per_node}, ulysses={ulysses}"
+
+
 ORDERS: dict[str, Callable[[int, int], Order]] = {"ring": ring, "all_gather": all_gather, "double_ring": double_ring}
 
 

@@ -122,5 +122,6 @@ def test_what_the_library_refuses_is_refused_with_its_reason():
     shape = Shape(6, 3, 8, 8)
     assert Scheme("zigzag", "ring", 3, 8, 8).refusal(shape) == "ulysses=3 does not divide the 8 ranks"
     assert "needs at least as many query heads, got 6" in Scheme("zigzag", "ring", 8, 8, 8).refusal(shape)
-    assert "as many ranks on each host" in Scheme("zigzag", "double_ring", 1, 6, 4).refusal(shape)
+    assert "as many consecutive ranks on each host, got 6 on hosts of 4" in Scheme("zigzag", "double_ring", 1, 6, 4).refusal(shape)
+    assert "as many consecutive ranks on each host, got 6 on hosts of 3" in Scheme("zigzag", "double_ring", 2, 6, 3).refusal(shape)
     assert Scheme("zigzag", "double_ring", 2, 8, 4).refusal(shape) is None

@@ -21,6 +21,7 @@ from distflash.launch.draw import SAME_FORM, draw
 from distflash.launch.trial import Call, inputs, noise_of, on_ranks, truth_of
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.plan import ORDERS
+from distflash.parallel.wire import p2p
 from distflash.testing import errors, spmd, spmd_processes
 
 CPU = torch.device("cpu")
@@ -38,15 +39,17 @@ def test_what_is_rounded_before_a_sink_and_once_more_behind_it_is_no_mismatch():
     assert fuzz.judge(draw(210_534, CPU), ALONE) == ("equal", "")
 
 
-def test_processes_judge_as_threads_do():
-    def judge():
-        import torch.distributed as dist
+@pytest.mark.parametrize("hosts", ["aa", "aab"])
+def test_processes_judge_as_threads_do(monkeypatch, hosts):
+    """On hosts that cannot form the double ring of a case, too."""
+    monkeypatch.setattr(p2p, "host_name", lambda: hosts[torch.distributed.get_rank()])
 
-        world = SimpleNamespace(size=2, device=CPU, is_main=dist.get_rank() == 0)
-        verdicts = [fuzz.judge(draw(seed, CPU, [2]), world) for seed in range(30)]
+    def judge():
+        world = SimpleNamespace(size=len(hosts), device=CPU, is_main=torch.distributed.get_rank() == 0)
+        verdicts = [fuzz.judge(draw(seed, CPU, [len(hosts)]), world) for seed in range(30)]
         return torch.tensor([verdict != "wrong" for verdict, _ in verdicts], dtype=torch.float64)
 
-    for rank in spmd_processes(2, judge, timeout=100.0):
+    for rank in spmd_processes(len(hosts), judge, timeout=100.0):
         assert rank.all(), f"seeds {(rank == 0).nonzero().flatten().tolist()}"
 
 

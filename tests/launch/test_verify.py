@@ -1,13 +1,16 @@
 """`distflash verify`: it passes what is right, fails what is wrong, and ignores no option."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import distflash
 from distflash.kernels import eager
 from distflash.launch import verify as module
+from distflash.parallel.plan import ORDERS
 
 SMALL = ["--ranks", "1,2", "--length", "24", "--kernel", "eager"]
 
@@ -66,7 +69,16 @@ def test_what_cannot_be_done_is_said(verify, words, fragments):
 def test_more_ranks_than_heads_can_be_tried(verify):
     result = verify("--ranks", "9", "--length", "24", "--kernel", "eager")
     assert result.exit_code == 0 and ", 0 out of budget" in result.output, result.output
-    assert {scheme.ulysses for scheme in module.schemes(["eager"], [16], ["p2p"])} == {1, 2, 4, 8}
+    assert {scheme.ulysses for scheme in module.schemes(["eager"], [16], distflash.SequenceParallel())} == {1, 2, 4, 8}
+
+
+def test_a_double_ring_that_the_hosts_cannot_form_is_not_tried(verify):
+    """By threads on one host there always is one; by processes the hosts say."""
+    for spread, refused in ((None, set()), ("2 runs of 1 or 2 on 2 hosts", {"double_ring"})):
+        sp = SimpleNamespace(size=3, direct=False, wire=SimpleNamespace(size=3, per_node=1, unequal=spread))
+        assert {scheme.order for scheme in module.schemes(["eager"], [3], sp)} == {*ORDERS} - refused
+    result = verify("--ranks", "6", "--length", "24", "--kernel", "eager")
+    assert result.exit_code == 0 and ", 0 out of budget" in result.output, result.output
 
 
 def test_random_problems_are_tried_instead_from_the_seed_on_and_recorded(verify, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import distflash
 from distflash.parallel.layout import LAYOUTS
 from distflash.parallel.mask import Mask
+from distflash.parallel.wire.local import LocalGroup
 from distflash.testing import spmd
 from tests.schemes import inputs
 
@@ -110,6 +111,21 @@ def test_a_plan_is_made_once_and_shared_by_all_layers():
 def test_auto_is_a_double_ring_across_several_hosts_only(per_node, ulysses, expected):
     orders = spmd(4, lambda group: distflash.SequenceParallel(group, ulysses=ulysses).order, per_node=per_node)
     assert orders == [expected] * 4
+
+
+@pytest.mark.parametrize("ranks, per_node, ulysses", [(4, 4, 1), (4, 1, 1), (4, 2, 2), (1, 1, 1)])
+def test_a_double_ring_that_is_asked_for_where_one_ring_is_all_there_is_is_that_ring(ranks, per_node, ulysses):
+    """On one host, or with one rank of it on each: what runs on several hosts runs there, too."""
+    asked = distflash.SequenceParallel(LocalGroup(ranks, per_node=per_node).wire(0), order="double_ring", ulysses=ulysses)
+    ring = distflash.SequenceParallel(LocalGroup(ranks, per_node=per_node).wire(0), order="ring", ulysses=ulysses)
+    steps = range(ranks // ulysses)
+    assert [asked._order.owner(0, step) for step in steps] == [ring._order.owner(0, step) for step in steps]
+    assert asked._order.sent[1:] == ring._order.sent[1:]
+
+
+def test_auto_is_no_double_ring_where_ulysses_leaves_hosts_with_unequal_numbers_of_ranks():
+    """Of 5 ranks a host, 3 are of one ring, of the next host's 2: inner rings of 2 would cross the network."""
+    assert distflash.SequenceParallel(LocalGroup(20, per_node=5).wire(0), ulysses=2).order == "ring"
 
 
 def test_balanced_shares_out_the_work_of_the_mask_it_is_given():

@@ -52,6 +52,7 @@ class LocalWire:
 
     name = "local"
     patience = _PATIENCE
+    unequal: str | None = None  # its hosts hold `per_node` ranks each, but for the last
 
     def __init__(self, group: LocalGroup, rank: int):
         self.group, self.rank, self.size = group, rank, group.size

@@ -12,6 +12,7 @@ import socket
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,19 +43,12 @@ class P2PWire:
         with blaming():
             dist.all_gather(found, mine, group=group)
             hosts, numbers = torch.stack(found).T.tolist()
-        self.per_node = self._ranks_per_node(hosts)
+        self.per_node, self.unequal = _ranks_per_node(hosts)
         if group not in _JOURNALS:
             store = dist.PrefixStore(f"distflash/{numbers[0]:x}", dist.distributed_c10d._get_process_group_store(group))
             _JOURNALS[group] = Journal(f"{group.group_desc} {group.group_name}"), store
         self.journal, self.store = _JOURNALS[group]
         self.patience: float = self.store.timeout.total_seconds()  # type: ignore[attr-defined]  # it has one, its stub has not
-
-    def _ranks_per_node(self, hosts: list[int]) -> int:
-        """How many consecutive ranks each host holds; 1 where hosts hold unequal or scattered runs: no two are sure to share one."""
-        per_node = next((n for n in range(1, self.size) if hosts[n] != hosts[0]), self.size)
-        runs = [hosts[i : i + per_node] for i in range(0, self.size, per_node)]
-        regular = all(len(run) == per_node and len(set(run)) == 1 for run in runs) and len(runs) == len(set(hosts))
-        return per_node if regular else 1
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         post = [(dist.isend, rank, x) for rank, x in sends.items()] + [(dist.irecv, rank, x) for rank, x in recvs.items()]
@@ -107,6 +101,14 @@ class _Posted:
             for work in self.works:
                 work.wait()
         self.works, self.buffers = [], []
+
+
+def _ranks_per_node(hosts: list[int]) -> tuple[int, str | None]:
+    """(consecutive ranks of each host, None); where hosts hold unequal or scattered runs (1, which): none are sure to share one."""
+    runs = [len([*run]) for _, run in groupby(hosts)]
+    if len({*runs}) == 1 and len(runs) == len({*hosts}):
+        return runs[0], None
+    return 1, f"{len(runs)} runs of {' or '.join(map(str, sorted({*runs})))} on {len({*hosts})} hosts"
 
 
 def host_name() -> str:

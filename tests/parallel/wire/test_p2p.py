@@ -55,13 +55,17 @@ def test_two_hosts_make_a_double_ring_without_being_asked(monkeypatch):
     agree([call, call._replace(ulysses=2)], x, [reply[2:] for reply in replies])
 
 
-@pytest.mark.parametrize("hosts", ["aab", "abb", "aba"])
-def test_hosts_that_hold_unequal_or_scattered_ranks_make_one_ring_of_ranks_that_share_none(monkeypatch, hosts):
+@pytest.mark.parametrize(
+    "hosts, runs", [("aab", "2 runs of 1 or 2 on 2 hosts"), ("abb", "2 runs of 1 or 2 on 2 hosts"), ("aba", "3 runs of 1 on 2 hosts")]
+)
+def test_hosts_that_hold_unequal_or_scattered_ranks_make_one_ring_of_ranks_that_share_none(monkeypatch, hosts, runs):
     monkeypatch.setattr(p2p, "host_name", lambda: hosts[dist.get_rank()])
 
     def work():
         with pytest.raises(ValueError, match="ulysses=2 must divide the 3 ranks"):
             distflash.SequenceParallel(ulysses=2)
+        with pytest.raises(ValueError, match=f"double_ring needs as many consecutive ranks on each host, got {runs}: use ring"):
+            distflash.SequenceParallel(order="double_ring")
         sp = distflash.SequenceParallel()
         return sp.order, sp.wire.per_node
 
