@@ -14,7 +14,6 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +21,7 @@ import typer
 from distflash.launch import rendezvous
 from distflash.launch.heartbeat import EXIT_PEER_LOST
 from distflash.launch.parent import tied
+from distflash.launch.temporary import folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -66,33 +66,32 @@ def launch(target: list[str], arguments: list[str], ranks: int) -> int:
     listener = rendezvous.listen(rendezvous.LOOPBACK)
     address, port = listener.getsockname()
     store = rendezvous.serve(listener, timedelta(seconds=600))
-    logs = TemporaryDirectory(prefix="distflash-", ignore_cleanup_errors=True)  # of errors; torchrun's own folder would stay
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="static",  # the one whose store is the one at rdzv_endpoint; c10d opens a second, on every interface
-        rdzv_endpoint=f"{address}:{port}",
-        rdzv_configs={"rank": 0},
-        local_addr=address,
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
-    )
-    config.signals_to_handle = heeded(getattr(config, "signals_to_handle", ""))  # an older torch ends on all of them
-    try:
-        with tied():
-            elastic_launch(config, sys.executable)("-u", *target, *arguments)
-    except ChildFailedError as error:
-        rank, failure = first_failure(error.failures)
-        sys.stdout.flush()
-        print(story(rank, failure, len(error.failures)), file=sys.stderr, flush=True)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    finally:
-        del store
-        logs.cleanup()
+    with folder() as logs:  # of errors; torchrun's own would stay
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="static",  # the one whose store is the one at rdzv_endpoint; c10d opens a second, on every interface
+            rdzv_endpoint=f"{address}:{port}",
+            rdzv_configs={"rank": 0},
+            local_addr=address,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
+        )
+        config.signals_to_handle = heeded(getattr(config, "signals_to_handle", ""))  # an older torch ends on all of them
+        try:
+            with tied():
+                elastic_launch(config, sys.executable)("-u", *target, *arguments)
+        except ChildFailedError as error:
+            rank, failure = first_failure(error.failures)
+            sys.stdout.flush()
+            print(story(rank, failure, len(error.failures)), file=sys.stderr, flush=True)
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        finally:
+            del store
     return 0
 
 

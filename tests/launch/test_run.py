@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from distflash.launch import run as runner
 from distflash.launch.heartbeat import EXIT_PEER_LOST
+from distflash.launch.temporary import folder
 from tests.launch.programs import ROOT, distflash, ranks_of, start
 
 
@@ -100,14 +102,18 @@ time.sleep(float(sys.argv[2]))
 
 
 @pytest.mark.parametrize("joins", ["joins", "alone"])
-def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path, joins):
+def test_a_launcher_that_is_killed_leaves_no_rank_behind_and_no_file_beyond_the_next_one(tmp_path, monkeypatch, joins):
     (tmp_path / "alone.py").write_text(ALONE)
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "temporary").mkdir()
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "temporary")}
     launcher = subprocess.Popen(distflash("run", "-n", "1", "alone.py", joins, "60"), cwd=tmp_path, env=environ, start_new_session=True)
     wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
     launcher.kill()
     launcher.wait()
     wait(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with folder() as mine:  # the next launcher's
+        assert [*(tmp_path / "temporary").iterdir()] == [mine]
 
 
 def gone(pid):
