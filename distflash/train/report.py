@@ -7,6 +7,7 @@ time of the whole step, a rank: a floor of what the kernels reach.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ class Report:
         self.rows = [row for row in read_metrics(path) if row["step"] <= step]
         with _writing(self.folder):
             part = path.with_name(".metrics.jsonl")  # all rows or what was there: a run may be killed at any moment
-            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            part.write_text("".join(json_line(row) for row in self.rows))
             part.replace(path)
             self.metrics = path.open("a", buffering=1)
         self._start_progress(step)
@@ -102,7 +103,7 @@ class Report:
         }
         assert self.metrics is not None
         with _writing(self.folder):
-            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.write(json_line(row))
         self.rows.append(row)
         facts = f"loss {loss:.3f}  {row['tokens_per_s']:,.0f} tokens/s  {row['ms']:.0f} ms  "
         facts += f"attention {flops_text(attention / seconds)}  {row['peak_memory_gb']:.1f} GB"  # of one rank
@@ -117,7 +118,7 @@ class Report:
             self.say(self.verdict)
             facts = {"value": difference.value, "where": difference.where, "steps": difference.steps, "ranks": difference.world_size}
             with _writing(self.folder):
-                (self.folder / "compare.json").write_text(json.dumps(facts | {"limit": difference.limit, "small": difference.small}) + "\n")
+                (self.folder / "compare.json").write_text(json_line(facts | {"limit": difference.limit, "small": difference.small}))
 
     def close(self) -> None:
         """Gives the terminal back and closes the metrics; harmless when done already."""
@@ -144,7 +145,7 @@ class Report:
         last = [row["loss"] for row in self.rows[-LAST:]]  # none if a finished run is resumed whose metrics are gone
         final = statistics.fmean(last) if last else None
         summary = {"final_loss": final, "validation_loss": validation, "steps": self.config.steps}
-        (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
+        (self.folder / "summary.json").write_text(json_line(summary))
         held_out = f", held-out loss {validation:.3f}" if validation is not None else ""
         told = "unknown" if final is None else f"{final:.3f} nats a byte (mean of the last {len(last)} steps)"
         self.say(f"final loss {told}{held_out}; see {self.folder}/")
@@ -162,6 +163,12 @@ def _writing(folder: Path) -> Iterator[None]:
             f"the report of the run could not be written to {folder} ({error.strerror}): free space, or check the folder, "
             "then continue with --resume"
         ) from error
+
+
+def json_line(facts: dict[str, Any]) -> str:
+    """A line of JSON, which has no infinity and no nan: null stands for them."""
+    told = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()}
+    return json.dumps(told, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Results: of which commit and day they are, what is kept of one that is added to, and what may not be joined."""
 
 import json
+import math
 from datetime import UTC, datetime
 
 import pytest
@@ -32,6 +33,12 @@ def test_a_result_says_of_which_commit_it_is_and_when_it_was_measured(tmp_path):
     age = datetime.now(UTC) - datetime.fromisoformat(found["date"])
     assert 0 <= age.total_seconds() < 86400 and found["date"].endswith("+00:00")
     assert "earlier" not in found
+
+
+def test_a_figure_that_json_has_no_number_for_is_null(tmp_path):
+    path = write("some", [{"ratios": [1.5, math.inf], "of": {"error": math.nan}}], tmp_path, worst=-math.inf)
+    found = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["rows"] == [{"ratios": [1.5, None], "of": {"error": None}}] and found["worst"] is None
 
 
 def test_rows_that_are_kept_keep_the_commit_and_the_date_of_their_run(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +230,21 @@ def test_a_run_whose_gradients_are_wrong_fails(small_run, world_of, monkeypatch)
     assert spmd_processes(2, lambda: run(config, world_of())) == [1, 1]
     facts = json.loads((Path(config.out) / "compare.json").read_text())
     assert not facts["small"] and facts["value"] > 1e-2 and "gradient of" in facts["where"]
+
+
+def test_a_figure_that_json_has_no_number_for_is_null(small_run, world_of, world, monkeypatch):
+    def strict(config, name):
+        return json.loads((Path(config.out) / name).read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+    config = small_run(steps=1, checkpoint_every=0, sample=0)
+    monkeypatch.setattr(Trainer, "validation_loss", lambda self: math.nan)
+    assert run(config, world) == 0
+    assert strict(config, "summary.json")["validation_loss"] is None
+    config = small_run(steps=3, compare_steps=1, cp=2)
+    monkeypatch.setattr(Replicas, "average_gradients", lambda self: next(self.model.parameters()).grad.fill_(math.nan))
+    assert spmd_processes(2, lambda: run(config, world_of())) == [1, 1]
+    facts = strict(config, "compare.json")
+    assert facts["value"] is None and not facts["small"] and "gradient of" in facts["where"]
 
 
 def test_ranks_with_different_data_are_stopped(small_run, world_of, tmp_path):
