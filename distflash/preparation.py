@@ -35,7 +35,8 @@ def prepare(
     q: Tensor, k: Tensor, v: Tensor, seq: ShardedSequence | None, mask: Slices | None, **options: Any
 ) -> tuple[Tensor, list[int] | None]:
     """(ticket, gathered) for the operator, as `Scheme` has them. Raises what `distflash.attention` raises."""
-    later = torch.compiler.is_dynamo_compiling()  # not is_compiling(): that is true in every thread while one compiles
+    # not is_compiling(): that is true in every thread while one compiles
+    later = torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
     if later:
         return _prepare_later(q, k, v, seq, mask, gradients=needs_gradients(q, k, v), **options)
     scheme = _scheme(q, k, v, seq, mask, **options)

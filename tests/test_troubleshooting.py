@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import distflash
@@ -154,6 +155,8 @@ RAISED = {  # what raises each text of the page's first tables
     "kernel=... cannot serve this problem: ...": lambda: attend(kernel="hopper"),
     "attention with dropout runs inside a backward pass, but not in the state": dropped_again,
     "... is gone: keep what an attention call was given until its backward has run": forgotten,
+    "... is gone: ... In a graph that was saved and loaded it is another process's": forgotten,
+    "a trace of attention over ... tokens was given ...": lambda: make_fx(lambda q: attend(q, q, q))(x)(x[:, 1:]),
     "ranks disagree on ...; nothing was sent": lambda: on_two(two_orders),
 }
 P2P, AGREEMENT = "tests/parallel/wire/test_p2p.py", "tests/parallel/test_agreement.py"

@@ -99,6 +99,11 @@ class Scheme:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, group: int = 0) -> Partial:
         """Attention of this rank's tokens and heads, all that are here; of a group of them, in Ulysses."""
+        if q.shape[1] != (tokens := self.visits[0].tiles.q_len):
+            raise RuntimeError(
+                f"a trace of attention over {tokens} tokens was given {q.shape[1]}: torch.jit.trace and make_fx keep the plan of the call "
+                "that they saw, torch.compile and torch.export make one for each"
+            )
         return ring.forward(self.visits, self.carrier, self.kernel, q, k, v, self.scale, self.asked(q.device, slopes, seed, group))
 
     def backward(

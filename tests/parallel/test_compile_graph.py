@@ -59,6 +59,12 @@ def compiled(f, backend="aot_eager", **options):
     return torch.compile(f, fullgraph=True, backend=backend, **options)
 
 
+def elsewhere(code, folder=None):
+    """Run in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=folder)
+
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -200,7 +206,7 @@ def test_a_graph_trains_with_what_was_first_used_in_inference_mode():
         q.requires_grad_()
         torch.compile(distflash.attention, fullgraph=True, backend="aot_eager")(q, q, q, seq).sum().backward()
         print(float(q.grad.isfinite().all()))"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = elsewhere(code)
     assert done.stdout.strip() == "1.0", done.stderr
 
 
@@ -208,6 +214,46 @@ def test_dropout_in_a_graph_drops_others_at_each_call():
     q, k, v = inputs(S)[:3]
     f = compiled(partial(distflash.attention, dropout_p=0.5))
     assert not torch.equal(f(q, k, v), f(q, k, v))
+
+
+class Exported(torch.nn.Module):
+    def forward(self, q, cu):
+        return distflash.attention(q, q, q, causal=True, cu_seqlens_q=cu)
+
+
+def test_an_exported_program_serves_other_lengths_and_documents_also_in_another_process(tmp_path):
+    q, cu, length = torch.randn(1, S, 2, 8), torch.tensor([0, 5, S]), {1: torch.export.Dim("tokens", min=2)}
+    program = torch.export.export(Exported(), (q, cu), dynamic_shapes=(length, None))
+    torch.export.save(program, tmp_path / "program.pt2")
+    longer, others = torch.randn(1, 2 * S, 2, 8), torch.tensor([0, 20, 2 * S])
+    expected = Exported()(longer, others)
+    torch.save((longer, others, expected), tmp_path / "tensors.pt")
+    assert torch.equal(program.module()(longer, others), expected)
+    code = """if True:
+        import torch, distflash
+        longer, others, expected = torch.load("tensors.pt")
+        for n in range(20):  # calls of its own that have numbers, too
+            distflash.attention(longer, longer, longer, window_size=(n, 0))
+        print(torch.equal(torch.export.load("program.pt2").module()(longer, others), expected))"""
+    done = elsewhere(code, tmp_path)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_what_a_saved_graph_names_of_its_process_is_nothing_in_another(tmp_path):
+    """Were objects numbered from 0, it would be whatever has that number there."""
+    save = """if True:
+        import torch, distflash
+        trace = torch.jit.trace(lambda q: distflash.attention(q, q, q, causal=True), torch.randn(1, 8, 2, 4), check_trace=False)
+        torch.jit.save(trace, "trace.pt")"""
+    load = """if True:
+        import torch, distflash
+        q = torch.randn(1, 8, 2, 4)
+        for n in range(5):
+            distflash.attention(q, q, q, window_size=(n, 0))
+        torch.jit.load("trace.pt")(q)"""
+    assert elsewhere(save, tmp_path).returncode == 0
+    done = elsewhere(load, tmp_path)
+    assert "is gone: " in done.stderr and "another process" in done.stderr, done.stderr
 
 
 def test_what_a_graph_needs_for_its_backward_lives_as_long_as_that():
