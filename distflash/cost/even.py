@@ -13,12 +13,10 @@ class NoClosedForm(ValueError):
 
 
 def even(scheme: Scheme, spans: Layout, mask: AnyMask, rank: int) -> tuple[Visit, ...]:
-    """`plan` of a ring or a double ring where every rank is taken to need every block: a rank of thousands in milliseconds.
+    """`plan` where every rank is taken to need every block: a rank of thousands in milliseconds.
 
-    Raises NoClosedForm for another order, and where this rank does not need a block.
+    Raises NoClosedForm where this rank does not need a block.
     """
-    if scheme.order not in ("ring", "double_ring"):
-        raise NoClosedForm(f"{scheme.order} has none, ring and double_ring have")
     everyone = (1 << scheme.ring) - 1
     order = ORDERS[scheme.order](scheme.ring, scheme.ring_per_node)
     visits = plan(spans, mask, order, rank, need=[everyone] * scheme.ring)

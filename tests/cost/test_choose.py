@@ -6,12 +6,14 @@ import random
 
 import pytest
 
+from distflash.cost import choose as choosing
 from distflash.cost.choose import WIRES, candidates, choose, judge, looked_at, worst_ranks
 from distflash.cost.devices import DEVICES, network
 from distflash.cost.models import MODELS
 from distflash.cost.time import Cluster
 from distflash.cost.traffic import PASSES, Scheme, Shape
 from distflash.parallel.mask import Mask
+from distflash.parallel.plan import ORDERS
 from distflash.parallel.slices import Slices
 from distflash.testing import spmd
 
@@ -99,8 +101,22 @@ def test_a_mask_of_slices_is_ranked_too():
 
 def test_large_rings_are_ranked_in_closed_form_or_refused():
     found = ranking(256, 8, 1 << 21, Shape(2, 1, 64, 64), layout="zigzag", ulysses=1)
-    assert {c.scheme.order: c.refused is None for c in found} == {"ring": True, "double_ring": True, "all_gather": False}
-    assert "in closed form only: all_gather has none" in found[-1].reason
+    assert {c.scheme.order: c.refused for c in found} == dict.fromkeys(ORDERS)
+    scheme, cu = Scheme("contiguous", "all_gather", 1, 256, 8), (0, 1 << 21)
+    told = judge(scheme, "p2p", cu, Mask(64, 0, cu), Shape(2, 1, 64, 64), Cluster(H200, 256, 8, network(400)))
+    assert "in closed form only: there is none where a rank needs nothing of another's block" in told.reason
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_closed_form_is_what_the_plans_of_all_ranks_say(order, wire, monkeypatch):
+    cu, shape = (0, 1 << 15), Shape(4, 2, 64, 64)
+    scheme, mask = Scheme("zigzag", order, 1, 24, 24 if wire == "symmetric" else 8), Mask(None, 0, cu)
+    case = scheme, wire, cu, mask, shape, Cluster(H200, 24, scheme.per_node, network(400))
+    seconds, nbytes = all_ranks(*case)
+    monkeypatch.setattr(choosing, "_PLANNED", 16)
+    told = judge(*case, ("order",))
+    assert {name: one.seconds for name, one in told.passes.items()} == pytest.approx(seconds, rel=1e-3) and told.memory == nbytes
 
 
 def all_ranks(scheme, wire, cu, mask, shape, cluster):
