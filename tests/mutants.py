@@ -306,11 +306,11 @@ MUTANTS = {
         "for part in parts[:0]), start=parts[wire.rank].to(wide))",
         "parallel/test_sequence.py::test_shard_and_unshard_are_each_others_exact_adjoint"),
     "the gradient of the loss is P times too large": Mutant(
-        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "_Sum.apply(ctx.reduce(grad), ctx.reduce), None", LOSS),
+        "parallel/loss.py", "_Sum.apply(grad, *ctx.how), None", "_Sum.apply(ctx.how[0](grad), *ctx.how), None", LOSS),
     "the gradient of the loss is P times too small": Mutant(
-        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "grad, None", LOSS),
+        "parallel/loss.py", "_Sum.apply(grad, *ctx.how), None", "grad, None", LOSS),
     "a second derivative of the loss knows one rank": Mutant(
-        "parallel/loss.py", "_Sum.apply(grad, ctx.reduce), None", "ctx.reduce(grad), None",
+        "parallel/loss.py", "_Sum.apply(grad, *ctx.how), None", "ctx.how[0](grad), None",
         "parallel/test_loss.py::test_a_second_derivative_is_that_of_one_process_on_every_rank[2]"),
     "the loss is a mean of means": Mutant(
         "parallel/loss.py", "torch.stack([kept.sum(dtype=torch.float64), count])",
@@ -329,8 +329,8 @@ MUTANTS = {
     "ranks compare notes after the first message": Mutant(
         "parallel/sequence.py",
         'self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))\n'
-        "        return Unshard.apply(x_local, self.sp.wire, self._tokens, dim)",
-        "whole = Unshard.apply(x_local, self.sp.wire, self._tokens, dim)\n"
+        "        return Unshard.apply(x_local, self.sp.wire, self._tokens, dim, begin)",
+        "whole = Unshard.apply(x_local, self.sp.wire, self._tokens, dim, begin)\n"
         '        self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype)\n'
         "        return whole",
         "parallel/test_agreement.py::test_shards_to_be_gathered_must_fit_together"),

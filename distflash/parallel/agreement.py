@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Literal, Protocol
 
@@ -69,6 +69,15 @@ def agree(wire: Council, check: Check, call: str, fields: Mapping[str, object]) 
         journal.agreed.clear()
     journal.agreed.add(kind)
     journal.now = journal.now._replace(doing="")
+
+
+def of_gradient(wire: Council, check: Check, call: str) -> Callable[[], None]:
+    """What the backward of a call begins with: it communicates, so it is a call too, and a rank may leave it out."""
+    return partial(agree, wire, check, f"gradient of {call}", {}) if wire.size > 1 else nothing
+
+
+def nothing() -> None:
+    """The same of one rank."""
 
 
 def refuse(wire: Council, check: Check, call: str, error: Exception) -> None:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from distflash.kernels.base import Dropout, Kernel, Partial, Scores, accumulator
 from distflash.parallel import handles, ring
+from distflash.parallel.agreement import nothing
 from distflash.parallel.all_to_all import around
 from distflash.parallel.mask import blind
 from distflash.parallel.plan import Visit
@@ -68,6 +69,7 @@ class Scheme:
     scale: float
     variants: Variants | None = None
     unseen: tuple[range, ...] = ()  # local keys that no query of any rank sees
+    begin_backward: Callable[[], None] = nothing  # ranks agree that all of them run one
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -220,6 +222,7 @@ def _backward(
     dout, dlse, out are local; q, k, v, lse are what the ring worked on.
     """
     scheme = scheme_of(ticket)
+    scheme.begin_backward()
     delta = scheme.kernel.delta(out, dout)  # [B, H, T]
     if dlse is not None:
         # d lse_i / d s_ij = p_ij: the gradient of lse joins dS = P * (dP - delta) with the opposite sign

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distflash.parallel.agreement import nothing
 from distflash.parallel.autograd import needs_gradients
 from distflash.parallel.sequence import ShardedSequence, refusing
 
@@ -42,10 +43,11 @@ def token_mean(
             raise ValueError(f"ignore must be a bool tensor of the loss's shape {expected}, got {got}")
     if seq is not None and group is None:
         seq.agree("token_mean", gradients=needs_gradients(per_token_loss))
+    begin = seq.agreeing_on_gradient("token_mean") if seq is not None and group is None else nothing
     reduce = partial(_all_reduce, group) if group is not None else seq.sp.wire.all_reduce if seq is not None else Tensor.clone
     kept = per_token_loss if ignore is None else torch.where(ignore, 0.0, per_token_loss)
     count = kept.new_tensor(kept.numel(), dtype=torch.float64) if ignore is None else (~ignore).sum(dtype=torch.float64)
-    total, count = _Sum.apply(torch.stack([kept.sum(dtype=torch.float64), count]), reduce).unbind()
+    total, count = _Sum.apply(torch.stack([kept.sum(dtype=torch.float64), count]), reduce, begin).unbind()
     return (total / count.detach().clamp(min=1.0)).to(torch.promote_types(kept.dtype, torch.float32))
 
 
@@ -56,13 +58,17 @@ def _all_reduce(group: dist.ProcessGroup, x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Over all ranks. Every rank gets the same sum: what flows into it on any rank flows into each term, so it is its own adjoint."""
+    """Over all ranks. Every rank gets the same sum: what flows into it on any rank flows into each term, so it is its own adjoint.
+    A backward calls `begin` first.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, reduce: Reduce) -> Tensor:
-        ctx.reduce = reduce
+    def forward(ctx, x: Tensor, reduce: Reduce, begin: Callable[[], None]) -> Tensor:
+        ctx.how = reduce, begin
         return reduce(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _Sum.apply(grad, ctx.reduce), None
+        _, begin = ctx.how
+        begin()
+        return _Sum.apply(grad, *ctx.how), None, None

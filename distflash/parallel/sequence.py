@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distflash.cost import auto, traffic
 from distflash.kernels.base import Kernel
 from distflash.parallel import handles
-from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, refuse, words
+from distflash.parallel.agreement import CHECKS, Check, agree, mask_words, of_gradient, refuse, words
 from distflash.parallel.autograd import Scheme, Variants, needs_gradients, number
 from distflash.parallel.documents import borders, check_balanced_for, check_heads, one_document
 from distflash.parallel.group import Group, default_device, one_of, resolve, usual_order, wire_of
@@ -234,8 +234,9 @@ class ShardedSequence:
                 raise ValueError(f"unshard() needs this rank's {self.local_length} tokens along dim {dim}, got shape {given}")
         dim %= x_local.dim()
         kept = tuple(n for d, n in enumerate(x_local.shape) if d != dim)
+        begin = self.agreeing_on_gradient("unshard")
         self.agree("unshard", dim=dim, other_dims=kept, dtype=x_local.dtype, gradients=needs_gradients(x_local))
-        return Unshard.apply(x_local, self.sp.wire, self._tokens, dim)
+        return Unshard.apply(x_local, self.sp.wire, self._tokens, dim, begin)
 
     def agree(self, call: str, **fields: object) -> None:
         """Raise Disagreement on every rank unless all are about to make this call, with these hashable fields, on this sequence.
@@ -244,6 +245,10 @@ class ShardedSequence:
         """
         if (sp := self.sp).size > 1:
             agree(sp.wire, sp.check, call, self._shared | fields)
+
+    def agreeing_on_gradient(self, call: str) -> Callable[[], None]:
+        """What a backward of this call begins with, as the call does with `agree`. It does not keep this sequence."""
+        return of_gradient(self.sp.wire, self.sp.check, call)
 
     @cached_property
     def _shared(self) -> dict[str, object]:
@@ -266,7 +271,9 @@ class ShardedSequence:
             plans = self.plans(mask, shape, deterministic)
             ulysses = self.head_exchange(shape.heads, shape.kv_heads, shape.row)
             way = plans.forward, plans.backward, self._planner.carrier(mask), ulysses
-            self._schemes[key] = Scheme(*way, kernel, scale, asked, self._planner.unseen(mask, self.sp.rank))
+            self._schemes[key] = Scheme(
+                *way, kernel, scale, asked, self._planner.unseen(mask, self.sp.rank), self.agreeing_on_gradient("attention")
+            )
             if len(self._schemes) > _SCHEMES:  # a scale that is learned makes one a step
                 self._schemes.popitem(last=False)
         return self._schemes[key]

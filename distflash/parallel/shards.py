@@ -5,6 +5,8 @@ Legend: P ranks, T local tokens, S global tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,11 +41,13 @@ class Tokens:
 
 
 class Unshard(torch.autograd.Function):
-    """All S tokens along `dim` of the shards that the ranks hold; the gradient is the exact adjoint. A collective, backward too."""
+    """All S tokens along `dim` of the shards that the ranks hold; the gradient is the exact adjoint. A collective, backward too,
+    which begins with a call of `begin`.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, wire: Wire, tokens: Tokens, dim: int) -> Tensor:
-        ctx.wire, ctx.tokens, ctx.dim = wire, tokens, dim
+    def forward(ctx, x: Tensor, wire: Wire, tokens: Tokens, dim: int, begin: Callable[[], None]) -> Tensor:
+        ctx.call = wire, tokens, dim, begin
         shape = [*x.shape]
 
         def room(rank: int) -> Tensor:
@@ -57,15 +61,17 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return SumOfShards.apply(grad, ctx.wire, ctx.tokens, ctx.dim), None, None, None
+        *_, begin = ctx.call
+        begin()
+        return SumOfShards.apply(grad, *ctx.call), None, None, None, None
 
 
 class SumOfShards(torch.autograd.Function):
     """Of what each rank holds of all S tokens, the sum of this rank's T: the adjoint of `Unshard`, which is its own gradient in turn."""
 
     @staticmethod
-    def forward(ctx, whole: Tensor, wire: Wire, tokens: Tokens, dim: int) -> Tensor:
-        ctx.wire, ctx.tokens, ctx.dim = wire, tokens, dim
+    def forward(ctx, whole: Tensor, wire: Wire, tokens: Tokens, dim: int, begin: Callable[[], None]) -> Tensor:
+        ctx.call = wire, tokens, dim, begin
         shares = [whole.index_select(dim, tokens.indices(rank, whole.device)) for rank in range(wire.size)]
         parts = swapped(wire, shares, lambda _: torch.empty_like(shares[wire.rank]))
         wide = torch.promote_types(whole.dtype, torch.float32)
@@ -74,4 +80,6 @@ class SumOfShards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return Unshard.apply(grad, ctx.wire, ctx.tokens, ctx.dim), None, None, None
+        *_, begin = ctx.call
+        begin()
+        return Unshard.apply(grad, *ctx.call), None, None, None, None

@@ -161,6 +161,34 @@ def test_a_rank_that_went_on_with_a_kind_agreed_on_before_is_named_where_the_kin
         spmd(2, work)
 
 
+PASSES = {
+    "attention": lambda seq, x: distflash.attention(x, x, x, seq).sum(),
+    "unshard": lambda seq, x: seq.unshard(x).sum(),
+    "token_mean": lambda seq, x: distflash.token_mean(x.sum((2, 3)), seq),
+}
+
+
+@pytest.mark.parametrize(("check", "steps"), [("first", 1), ("always", 3)])
+@pytest.mark.parametrize("name", PASSES)
+def test_a_rank_that_leaves_a_backward_out_is_named(name, check, steps, monkeypatch):
+    """With "always" at any step, with "first" where a kind of call is new."""
+    monkeypatch.setattr(agreement, "SLICE", 0.05)
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, check=check).sequence(S)
+        x = torch.zeros(1, seq.local_length, 2, 4, requires_grad=True)
+        for n in range(steps):
+            loss = PASSES[name](seq, x)
+            if group.rank == 0 or n < steps - 1:
+                loss.backward()
+        PASSES[name](seq, x)
+
+    went_on = f"rank 0 is at gradient of {name}, seq 2, of a kind new to it: .*; but rank 1 is .*{name}, seq 2, of a kind agreed on before"
+    differ = f"ranks disagree on gradient of {name}, seq 6; nothing was sent\n  call: rank 0 says gradient of {name}; rank 1 says {name}"
+    with pytest.raises(Disagreement, match=went_on if check == "first" else differ):
+        spmd(2, work)
+
+
 def test_a_rank_that_does_not_come_is_named_when_patience_ends(monkeypatch):
     monkeypatch.setattr(agreement, "SLICE", 0.05)
     monkeypatch.setattr(LocalWire, "patience", 0.2)
