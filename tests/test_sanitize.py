@@ -50,5 +50,11 @@ def test_the_tests_that_are_named_exist():
     text = (sanitize.__file__ or "").replace("sanitize.py", "test_kernels.py")
     with open(text) as file:
         source = file.read()
-    for words in sanitize.TESTS:
+    for words in sanitize.PARTS:
         assert f"{words.split()[0]}_" in source, words
+
+
+def test_initcheck_runs_what_it_can_judge_and_the_other_tools_run_all():
+    assert sanitize.parts("memcheck") == sanitize.parts("racecheck") == sanitize.parts(None) == sanitize.PARTS
+    assert sum("triton" in part for part in sanitize.parts("initcheck")) == len(sanitize.TESTS)
+    assert [part for part in sanitize.parts("initcheck") if "hopper" in part] == ["nothing and hopper"]

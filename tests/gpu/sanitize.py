@@ -1,14 +1,13 @@
 """compute-sanitizer over GPU tests: `make sanitize`, or `python -m tests.gpu.sanitize [--jobs 6] [--tool memcheck ...]`.
 
-Each tool runs each of SELECTED in a process of its own, after a run without any, which compiles the kernels. Findings in kernels that are
-not ours are torch's. What is found in ours fails unless KNOWN says why it is no fault; so do a test that fails, a process that gives no
+Each tool runs its `parts` in a process each, after a run without any, which compiles the kernels. Findings in kernels that are not ours
+are torch's. What is found in ours fails unless KNOWN says why it is no fault; so do a test that fails, a process that gives no
 summary and one that takes longer than LIMIT seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 OURS = re.compile(r"\b(forward|backward|dkv|dq|delta|stats)_kernel\b")
 TESTS = ("odd and 129-127", "merge and 128", "merge and 256", "nothing")  # of test_kernels.py; 256: dk and dv in a pass of their own
-SELECTED = [f"{test} and {kernel}" for kernel in ("hopper", "triton") for test in TESTS]
+PARTS = [f"{test} and {kernel}" for kernel in ("hopper", "triton") for test in TESTS]
+PARTS += [f"short and hopper-{head_dim}" for head_dim in (64, 96, 128, 256)]  # several items a program, out by TMA
 TOOLS = {  # initcheck must see what torch's kernels write
     "memcheck": ("--report-api-errors", "no", "--kernel-name-exclude", "kernel_substring=at::"),
     "racecheck": ("--kernel-name-exclude", "kernel_substring=at::"),
@@ -30,6 +30,12 @@ KNOWN = {  # by tool: a finding's first line, and why it is none
         "bar.sync of the same barrier, which the tool does not pair",
     },
 }
+
+
+def parts(tool: str | None) -> list[str]:
+    """What a tool runs, as pytest selects it. initcheck does not see what TMA writes: it takes each element for one that nobody wrote, and
+    goes on saying so for longer than LIMIT. So none of the Hopper kernels for it but what zeroes out and dq first."""
+    return [part for part in PARTS if tool != "initcheck" or "triton" in part or part == "nothing and hopper"]
 
 
 def findings(log: str) -> list[str]:
@@ -69,7 +75,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=6, help="processes at a time")
     asked, failed = parser.parse_args(), 0
     for tools in ([None], asked.tool):
-        jobs = [*itertools.product(tools, SELECTED)]
+        jobs = [(tool, part) for tool in tools for part in parts(tool)]
         with ThreadPoolExecutor(asked.jobs) as pool:
             for (tool, selected), (known, new) in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True):
                 print(f"{tool or 'no tool'}, {selected}: {known} known, {len(new)} new", *new, sep="\n  ", flush=True)

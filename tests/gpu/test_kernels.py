@@ -45,6 +45,11 @@ def inputs(dtype, q_len, k_len, heads, kv_heads, head_dim, v_head_dim=None, batc
     return [torch.randn(batch, *shape, device="cuda", generator=generator).to(dtype) for shape in shapes]
 
 
+def poison():
+    """What the allocator hands out next is NaN."""
+    _ = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(8)]
+
+
 def run(q, k, v, dout, name, mask):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     options = dict(mask)
@@ -128,8 +133,7 @@ def test_visits_in_any_order_merge_to_one(name, head_dim):
 def test_rows_that_see_nothing_are_zero_and_memory_is_all_written(name):
     kernel = serve(name, torch.bfloat16, 2, 1, 64)
     q, k, v, dout = inputs(torch.bfloat16, 300, 100, 2, 1, 64, batch=1)
-    poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(8)]
-    del poison  # what the allocator hands out next is NaN
+    poison()
     tiles = packed((0, 300), (0, 100), Mask(right=0))  # bottom-right aligned: the first 200 queries see no key
     out, lse = kernel.forward(q, k, v, tiles, 0.125, dtype=q.dtype)
     assert (out[:, :200] == 0).all() and torch.isneginf(lse[:, :, :200]).all() and torch.isfinite(lse[:, :, 200:]).all()
@@ -184,6 +188,16 @@ def test_more_blocks_of_queries_than_the_gpu_has_processors(name, mask, head_dim
     tensors = inputs(torch.bfloat16, 1500, 1500, 16, 4, head_dim)
     options = {"causal": True, "cu_seqlens_q": (0, 900, 901, 1030, 1500)} if mask == "causal documents" else MASKS[mask]
     judge(run(*tensors, name, options), *tensors, options, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_short_sequences_of_many_heads(name, head_dim):
+    """As above in little, for compute-sanitizer: 192 blocks of queries, of one tile and of two, leave in the dtype of the inputs."""
+    serve(name, torch.bfloat16, 16, 4, head_dim)
+    tensors = inputs(torch.bfloat16, 200, 200, 16, 4, head_dim, batch=6)
+    poison()
+    judge(run(*tensors, name, {"causal": True}), *tensors, {"causal": True}, torch.bfloat16)
 
 
 @pytest.mark.parametrize("scale", [-0.125, 0.0])
