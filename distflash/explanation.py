@@ -23,7 +23,7 @@ from distflash.parallel.plan import alone
 from distflash.parallel.planning import Plans
 from distflash.parallel.sequence import ShardedSequence
 from distflash.parallel.slices import Slices
-from distflash.validate import check_shards, check_tensors, check_variants, sees
+from distflash.validate import check_flags, check_shards, check_tensors, check_variants, sees
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def explain(
         raise ValueError(f"explain() takes shapes with a batch dimension, got {tuple(q_shape)} and {tuple(k_shape)}")
     if seq is not None:
         check_shards(q, k, seq, None, None)
+    check_flags(causal=causal, deterministic=deterministic)
     batch, q_len, heads, head_dim = q_shape
     k_len, kv_heads = k_shape[1:3]
     device = torch.device(device) if device else seq.sp.device if seq else torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,7 +28,7 @@ from distflash.parallel.positions import aligned
 from distflash.parallel.sequence import ShardedSequence, refusing
 from distflash.parallel.slices import Slices
 from distflash.parallel.wire.local import LocalGroup
-from distflash.validate import check_mask, check_shards, check_sinks, check_tensors, check_variants, documents, scale_of, sees
+from distflash.validate import check_flags, check_mask, check_shards, check_sinks, check_tensors, check_variants, documents, scale_of, sees
 
 
 def prepare(
@@ -71,6 +71,7 @@ def _planned(
 ) -> tuple[Scheme, dict[str, Any]]:  # fmt: skip
     """How the call would be carried out, and what of it must be alike on every rank. `gradients`: None is as the tensors say."""
     check_tensors(q, k, v)
+    check_flags(causal=causal, deterministic=deterministic, return_lse=return_lse)
     chosen, variants = _chosen(q, k, v, softcap, alibi_slopes, sinks, dropout_p, deterministic, kernel)
     scale = scale_of(softmax_scale, q.shape[-1])
     if seq is None:
@@ -83,9 +84,9 @@ def _planned(
     shape = Shape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], batch, q.element_size())
     return seq.scheme(visible, chosen, scale, shape, variants, deterministic), dict(
         batch=tuple(q.shape[:-3]), heads=(q.shape[-2], k.shape[-2]), head_dims=(q.shape[-1], v.shape[-1]), dtype=q.dtype, causal=causal,
-        window_size=tuple(window_size), mask=mask_words(mask), softmax_scale=scale, softcap=float(softcap), dropout_p=float(dropout_p),
-        seed_dropout=seq.sp.seeds.begun if dropout_p else None, alibi_slopes=alibi_slopes is not None, sinks=sinks is not None,
-        deterministic=deterministic, return_lse=return_lse, kernel=chosen.name,
+        window_size=tuple(map(int, window_size)), mask=mask_words(mask), softmax_scale=scale, softcap=float(softcap),
+        dropout_p=float(dropout_p), seed_dropout=seq.sp.seeds.begun if dropout_p else None, alibi_slopes=alibi_slopes is not None,
+        sinks=sinks is not None, deterministic=deterministic, return_lse=return_lse, kernel=chosen.name,
         gradients=needs_gradients(q, k, v) if gradients is None else gradients,
     )  # fmt: skip
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # it is there, its stub is not
 from torch.autograd import forward_ad
 
 from distflash.parallel.documents import borders
@@ -23,8 +25,16 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            got = f"a {'nested ' if x.is_nested else ''}tensor of {x.layout}"
+            raise TypeError(f"{name} must be a dense tensor, got {got}: of a nested one pass values(), and offsets() as cu_seqlens_q")
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise ValueError("q, k or v carries a tangent, but attention has no forward-mode derivative: use torch.autograd.grad or backward()")
+    if torch._C._are_functorch_transforms_active() and any(_functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v)):
+        raise ValueError(
+            "q, k or v is inside a transform of torch.func (grad, vjp, vmap, ...), which cannot look into attention: "
+            "use torch.autograd.grad or backward(), and instead of vmap the batch dimension"
+        )
     dim, qs, ks, vs = q.dim(), q.shape, k.shape, v.shape
     if dim not in (3, 4) or not dim == k.dim() == v.dim():
         raise ValueError(f"q, k, v must be (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) each, got {_shapes(q, k, v)}")
@@ -81,14 +91,25 @@ def check_variants(softcap: float, slopes: Tensor | None, dropout_p: float, q: T
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool) and math.isfinite(value)  # numpy's numbers, too
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError unless each is True or False: "false" in a config is neither."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def window(causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     """(left, right) with None for unlimited; causal is right = 0."""
-    if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(type(w) is int and w >= -1 for w in window_size)):
+    if not (isinstance(window_size, Sequence) and len(window_size) == 2 and all(_is_integer(w) and w >= -1 for w in window_size)):
         raise ValueError(f"window_size={window_size!r} must be two integers (left, right), each -1 (unlimited) or more")
-    left, right = window_size
+    left, right = map(int, window_size)
     return None if left == -1 else left, 0 if causal else None if right == -1 else right
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ def made(tokens=S, heads=4, dim=8, dtype=torch.float32, batch=2, device="cpu"):
 
 Q, K = made(), made(heads=2)
 HALVES = Slices.documents([0, 6, S])
+NESTED = torch.nested.nested_tensor([made()[0], made(5)[0]], layout=torch.jagged)
 HALF = made(heads=2, dtype=torch.float16)
 
 
@@ -50,6 +52,12 @@ BAD_CALLS = {
     "mixed dtypes": ((Q, HALF, HALF), {}, TypeError, ["share one dtype", "q torch.float32, k torch.float16", "cast"]),
     "v of another dtype": ((Q, K, HALF), {}, TypeError, ["share one dtype", "v torch.float16"]),
     "mixed devices": ((Q, K.to("meta"), K.to("meta")), {}, ValueError, ["on one device", "q on cpu, k on meta", "move"]),
+    "a nested tensor": ((NESTED,) * 3, {}, TypeError, ["q must be a dense tensor", "nested", "values()", "cu_seqlens_q"]),
+    "a sparse tensor": ((Q, K.to_sparse(), K), {}, TypeError, ["k must be a dense tensor", "torch.sparse_coo"]),
+    "causal that is text": ((Q, K, K), {"causal": "false"}, TypeError, ["causal='false'", "True or False"]),
+    "causal that is None": ((Q, K, K), {"causal": None}, TypeError, ["causal=None", "True or False"]),
+    "determinism that is a number": ((Q, K, K), {"deterministic": 1}, TypeError, ["deterministic=1", "True or False"]),
+    "lse that is a list": ((Q, K, K), {"return_lse": [True]}, TypeError, ["return_lse=[True]", "True or False"]),
     "no tensor": ((Q.numpy(), K, K), {}, TypeError, ["q must be a tensor", "ndarray"]),
     "a window of one number": ((Q, K, K), {"window_size": (3,)}, ValueError, ["window_size=(3,)", "(left, right)", "-1 (unlimited)"]),
     "a window that is a number": ((Q, K, K), {"window_size": 3}, ValueError, ["window_size=3", "two integers"]),
@@ -383,6 +391,19 @@ def test_a_scale_may_be_a_tensor_without_dimensions():
     for scale in (torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
         assert torch.equal(distflash.attention(*x[:3], softmax_scale=scale), expected)
     assert torch.equal(distflash.attention(*x[:3], softmax_scale=torch.tensor(2)), distflash.attention(*x[:3], softmax_scale=2))
+
+
+def test_numbers_of_numpy_are_numbers():
+    x = inputs(S, dtype=torch.float32)
+    given = {"softmax_scale": np.float32(0.5), "softcap": np.float32(2.0), "dropout_p": np.float32(0.0), "window_size": (np.int64(3), 0)}
+    plain = {"softmax_scale": 0.5, "softcap": 2.0, "window_size": (3, 0)}
+    assert torch.equal(distflash.attention(*x[:3], **given), distflash.attention(*x[:3], **plain))
+
+    def work(group):  # and alike
+        seq = distflash.SequenceParallel(group).sequence(S)
+        return distflash.attention(*(seq.shard(t) for t in x[:3]), seq, **(given if group.rank else plain))
+
+    spmd(2, work)
 
 
 def test_a_window_is_never_dropped_by_any_scheme():

@@ -215,6 +215,17 @@ def test_autocast_outside_of_attention_reaches_nothing_inside(kernel, dtype, whe
         assert all(torch.equal(a, b) for found, expected in zip(inside, outside, strict=True) for a, b in zip(found, expected, strict=True))
 
 
+def test_transforms_of_torch_func_are_refused_where_they_reach_in():
+    q, k, v = inputs(S)[:3]
+    for transform in (torch.vmap, torch.func.grad, torch.func.jacrev):
+        with pytest.raises(ValueError, match=r"a transform of torch.func.*use torch.autograd.grad or backward\(\), and .* batch dimension"):
+            transform(lambda q: distflash.attention(q, k[0], v[0]).sum())(q if transform is torch.vmap else q[0])
+    sinks = torch.zeros(q.shape[2], dtype=q.dtype)  # they join outside of the operator
+    found = torch.func.grad(lambda sinks: distflash.attention(q, k, v, sinks=sinks).sum())(sinks)
+    distflash.attention(q, k, v, sinks=sinks.requires_grad_()).sum().backward()
+    assert torch.equal(found, sinks.grad)
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_forward_mode_is_refused_and_not_0(which):
     x = inputs(S)[:3]
