@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -166,6 +166,10 @@ class SequenceParallel:
         sp, why = self._chosen(cu, heads)
         return ShardedSequence(sp, cu, mask, why=why)
 
+    def __deepcopy__(self, _memo: dict) -> Self:
+        """Itself: who copies a model that holds it copies no ranks."""
+        return self
+
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, {self.layout}, {self.order}, ulysses={self.ulysses}, {self.wire_name})"
 
@@ -294,6 +298,10 @@ class ShardedSequence:
         first = self.sp.ring_wire.rank * wire.size
         row *= wire.size == self.sp.size  # one group in a ring: several would be as many times its visits, and its ranks' lengths differ
         return Ulysses(wire, self.lengths[first : first + wire.size], *head_shards(heads, kv_heads, wire.size), self.sp.direct, row)
+
+    def __deepcopy__(self, _memo: dict) -> Self:
+        """Itself: nothing of it changes."""
+        return self
 
     def __repr__(self) -> str:
         documents = len(self.cu_seqlens) - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import distflash
 from distflash.parallel.layout import LAYOUTS
@@ -178,6 +180,21 @@ def test_indices_and_positions_are_the_callers_own():
         expected = getattr(seq, name).tolist()
         getattr(seq, name).add_(1)
         assert getattr(seq, name).tolist() == expected
+
+
+def test_a_model_that_holds_them_can_be_copied():
+    """For an average of its weights, or as a reference: the copy shares sequences among the same ranks."""
+
+    def work(group):
+        model = nn.Linear(2, 2)
+        model.sp = distflash.SequenceParallel(group)
+        model.seq = model.sp.sequence(8)
+        for other in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module):
+            assert other.sp is model.sp and other.seq is model.seq and other.weight is not model.weight
+            x = torch.zeros(1, other.seq.local_length, 2, 4)
+            distflash.attention(x, x, x, other.seq)
+
+    spmd(2, work)
 
 
 def test_the_default_device_does_not_matter():
