@@ -89,6 +89,7 @@ RAISED = {  # what raises each text of the page's first tables
     "mask must be distflash.Slices, got ...: for blocks of 0 and 1": lambda: attend(mask=torch.ones(8, 8)),
     "mask=... says what each query sees, and so would causal=...": lambda: attend(mask=Slices.prefix_lm(8, 2), causal=True),
     "explain() takes shapes with a batch dimension": lambda: distflash.explain(x.shape[1:], x.shape[1:]),
+    "per_token_loss must hold a loss for each token, got a scalar": lambda: distflash.token_mean(one.mean()),
     "ignore must be a bool tensor of the loss's shape": lambda: distflash.token_mean(one, ignore=one),
     # documents and shards
     "there must be at least one query and one key": lambda: attend(x[:, :0]),

@@ -33,11 +33,16 @@ def token_mean(
     flattened group, and then one step equals that of one process that holds every token. Wrappers that sum over the sequence
     group instead need the loss divided by its size.
 
-    Raises ValueError if `ignore` has another shape than the loss, TypeError if `seq` is no sequence.
+    Raises ValueError if the loss is a scalar, or `ignore` has another shape than it, TypeError if `seq` is no sequence.
     """
     if seq is not None and not isinstance(seq, ShardedSequence):
         raise TypeError(f"seq must come from SequenceParallel.sequence(), got {type(seq).__name__}")
     with refusing(seq if group is None else None, "token_mean"):
+        if per_token_loss.dim() == 0:
+            raise ValueError(
+                "per_token_loss must hold a loss for each token, got a scalar: a mean of the ranks' means is not the mean of the tokens; "
+                "compute it with reduction='none'"
+            )
         if ignore is not None and (ignore.shape != per_token_loss.shape or ignore.dtype != torch.bool):
             expected, got = tuple(per_token_loss.shape), f"{ignore.dtype} {tuple(ignore.shape)}"
             raise ValueError(f"ignore must be a bool tensor of the loss's shape {expected}, got {got}")

@@ -99,6 +99,17 @@ def test_a_mask_of_another_shape_or_dtype_is_refused(ignore):
         distflash.token_mean(torch.zeros(4), ignore=ignore)
 
 
+def test_a_loss_that_is_a_mean_already_is_refused():
+    """Ranks hold unequal numbers of tokens: the mean of their means would be another loss, and look like this one."""
+
+    def work(group):
+        seq = distflash.SequenceParallel(group).sequence(7)
+        with pytest.raises(ValueError, match=r"a loss for each token, got a scalar: .* reduction='none'"):
+            distflash.token_mean(torch.zeros(seq.local_length).mean(), seq)
+
+    spmd(2, work)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_second_derivative_is_that_of_one_process_on_every_rank(ranks):
     x, ignore = torch.linspace(0.5, 2, 7, dtype=torch.float64), torch.arange(7) == 3
