@@ -52,6 +52,9 @@ VARIANT = "test_variants.py::test_each_variant_alone_with_grouped_heads_and_othe
 CLOSED_FORMS = "cost/test_traffic.py::test_the_closed_forms_of_the_field_are_what_the_plan_counts"
 FLASH = "integrations/test_flash_attn.py"
 CAUSE = "launch/test_run.py::test_the_cause_is_told_from_its_consequences"
+LEAVES_OUT = (
+    "launch/test_heartbeat.py::test_a_rank_that_leaves_one_backward_out_of_many_is_named_and_over_gloo_nothing_is_taken_for_gradients"
+)
 LETS_GO = "launch/test_heartbeat.py::test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdict_is_no_news_to_it"
 LOSS = "parallel/test_loss.py::test_averaged_gradients_of_all_ranks_are_those_of_one_process"
 
@@ -343,6 +346,16 @@ MUTANTS = {
     "what a rank refuses is not told": Mutant(
         "parallel/agreement.py", "if _REFUSED in said]", "if _REFUSED in notes]",
         "parallel/test_agreement.py::test_what_one_rank_refuses_is_raised_on_every_rank_and_they_can_go_on_together[attention-first]"),
+    "a message over gloo may be taken for one of another call": Mutant(
+        "parallel/wire/p2p.py", "group_peer=rank, tag=tag)", "group_peer=rank)", f"{LEAVES_OUT}[attention-True]"),
+    "a sum over gloo may be one of another call": Mutant(
+        "parallel/wire/p2p.py", 'if x.device.type == "cpu":  # gloo', "if False:  # gloo", f"{LEAVES_OUT}[token_mean-True]"),
+    "calls are counted and not told apart": Mutant(
+        "parallel/wire/journal.py", "* _FACTOR + kind + 1)", "* _FACTOR + 1)",
+        "parallel/wire/test_journal.py::test_whatever_was_left_out_added_or_swapped_shows_in_every_later_call"),
+    "a call that was refused is taken for one that was made": Mutant(
+        "parallel/wire/journal.py", "if ours.call == theirs.call else Made()", "if ours.call == theirs.call else None",
+        "parallel/wire/test_journal.py::test_a_call_that_one_rank_refused_is_none_of_its_own"),
     # eager kernel
     "lse is in base 2": Mutant(
         "kernels/eager.py", "lse = (top + torch.log(total))", "lse = (top + torch.log2(total))", HEADS),

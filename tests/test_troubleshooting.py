@@ -174,6 +174,7 @@ BY_OTHERS = {  # of the same tables what takes processes or mutes ranks: the tes
     "... processes were started, but there is no process group": ("tests/test_api.py", "4 processes were started"),
     "ranks refuse ...; nothing was sent": (AGREEMENT, "ranks refuse {name}, seq 1; nothing was sent"),
     "ranks disagree on a call: ...; but ..., of a kind agreed on before": (AGREEMENT, "of a kind new to it"),
+    "ranks disagree on calls: ...": (AGREEMENT, "ranks disagree on calls: rank"),
     "... sent a note of ... characters that is not one of ours": (AGREEMENT, "rank 3 sent a note of"),
     "ranks ... did not come to agree on a call within ... s": (AGREEMENT, "did not come to agree on a call within"),
 }

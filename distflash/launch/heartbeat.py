@@ -5,7 +5,8 @@ Each rank beats: it writes one note under its own key, and reads those of all ot
     beat     talks to the store, over a connection of its own
     watch    only looks at the clock and at what beat has read; it judges, tells, and in the end ends the process
 
-A rank is silent if its note does not change; clocks of different hosts are never compared. The first to judge writes its verdict
+A rank is silent if its note does not change; clocks of different hosts are never compared. A note also tells which call a rank made last
+on each group: whoever has come as far sees whether it made the same ones (`Journal.counterpart`). The first to judge writes its verdict
 into its note, and whoever reads it there adopts it. A thread waiting in gloo or in CUDA cannot be interrupted, so the process ends
 with exit code EXIT_PEER_LOST some time after the verdict. NCCL's communicators end with it: aborting them first would wake a host
 thread that goes on with half of a message, and can hang itself (for which reason PyTorch's own watchdog skips it, too).
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from distflash.parallel.agreement import NOTE
 from distflash.parallel.wire import journal
-from distflash.parallel.wire.journal import DistFlashPeerLost, Now
+from distflash.parallel.wire.journal import DistFlashPeerLost, Journal, Made, Now
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
 EXIT_PEER_LOST = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, starting again may help
 LIMIT = 10.0  # seconds
 BEATS = 10  # in a limit
+GROUPS = 64  # of which a note tells, at most
 SLOWEST = 1.0  # seconds between two beats at most: a rank that leaves is noticed while others say goodbye
 WORDS = 1000  # characters of an error that peers are told
 
 RUNS, LEFT, FAILED, LOST = "runs", "left", "failed", "lost"
-FORM = {"beat": int, "host": str, "pid": int, "state": str, "why": str, "about": int}  # of a note; beside it "group" and "now", or neither
+# of a note; beside it "group" and "now", or neither
+FORM = {"beat": int, "host": str, "pid": int, "state": str, "why": str, "about": int, "made": dict}
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Heartbeat:
         self.peers = {r: _Peer(now) for r in range(size) if r != rank}
         self.answered, self.broken = now, False  # when the store last answered; if its connection, or what came over it, broke
         self.odd: tuple[int, str] | None = None  # a rank whose note is none, and what it is
+        self.strayed: tuple[int, str] | None = None  # a rank that makes other calls than we, and which
         self.state, self.why, self.about = RUNS, "", rank
         self.beats, self.process = 0, os.getpid()
         self.lost: str | None = None
@@ -92,6 +96,9 @@ class Heartbeat:
             self.soon.set()
             for thread in self.threads:  # the store may go after this
                 thread.join(self.limit)
+            if self.strayed and self.lost is None:  # whoever leaves last has read the last calls of all
+                self.lost = self.strayed[1]
+                _tell(self.lost)
 
     def failed(self, error: BaseException) -> None:
         """Tell the others of an uncaught exception, unless it follows from the loss of a peer: then its report is completed."""
@@ -162,9 +169,10 @@ class Heartbeat:
 
     def _talk(self) -> None:
         self.beats += 1
-        now = journal.latest
         note = {"beat": self.beats, "host": socket.gethostname(), "pid": self.process}
         note |= {"state": self.state, "why": self.why, "about": self.about}
+        note |= {"made": {kept.key: kept.made for kept in _journals() if kept.counted}}  # after the state: of a rank that left they are all
+        now = journal.latest
         note |= {"group": now.group, "now": now.now} if now else {}
         self.store.set(str(self.rank), json.dumps(note))
         keys = {r: str(r) for r in self.peers if self.peers[r].text or self.store.check([str(r)])}
@@ -175,7 +183,24 @@ class Heartbeat:
             except ValueError as error:
                 self.odd = r, f"{self._name(r)} sent {error}"
                 raise
+        self.strayed = self.strayed or self._strayed()
         self.answered = time.monotonic()
+
+    def _strayed(self) -> tuple[int, str] | None:
+        """(a rank that made another call than we, or ended without it, on a group of both; both calls), as far as can be told."""
+        for r, peer in self.peers.items():
+            for key, said in peer.note.get("made", {}).items():
+                theirs, ours = Made(*said), journal.watched.get(key)
+                if ours is None or (mine := ours.counterpart(theirs)) is None:
+                    continue
+                who, since = self._name(r), ours.alike.get(r, 0)
+                if mine != theirs:
+                    made = f"{who} made {theirs}, where rank {self.rank} made {mine}"
+                    return r, f"{made}: their calls were alike until seq {since}, group {ours.group}"
+                if peer.state == LEFT and mine != (last := ours.made):
+                    return r, f"{who} has ended its program after {mine}, without {last} of rank {self.rank}, group {ours.group}"
+                ours.alike[r] = mine.call
+        return None
 
     def _say(self, state: str, why: str = "", about: int | None = None) -> None:
         """Change what this rank's note says, and see to it that it is written, if the store can still be reached."""
@@ -233,6 +258,8 @@ class Heartbeat:
                 return peer.note["about"], peer.note["why"]
             if peer.state == LOST:
                 return self.rank, f"the other ranks have given up on this one: {peer.note['why']}"
+        if self.strayed:
+            return self.strayed
         if self.broken or now - self.answered > self.patience:
             how = "is gone" if self.broken else f"has not answered for {now - self.answered:.1f} s"
             if self.server not in self.peers:
@@ -268,6 +295,7 @@ def read_note(text: bytes, size: int) -> dict[str, Any]:
     try:
         note = json.loads(text)
         known = {name: type(value) for name, value in note.items() if name not in ("group", "now")} == FORM
+        known = known and all([*map(type, made)] == [*map(type, Made())] for made in note["made"].values())
         known = known and note["state"] in (RUNS, LEFT, FAILED, LOST) and 0 <= note["about"] < size
         if known and not note.keys().isdisjoint({"group", "now"}):
             known = type(note["group"]) is str and [*map(type, note["now"])] == [*map(type, Now())]
@@ -276,6 +304,12 @@ def read_note(text: bytes, size: int) -> dict[str, Any]:
     if not known:
         raise ValueError(f"a note that is not one of ours, {text[:60]!r}: install one version of distflash everywhere")
     return note
+
+
+def _journals() -> list[Journal]:
+    """Those of this process that other ranks have, too."""
+    there = (reference() for reference in journal.watched.valuerefs())
+    return [one for one in there if one is not None][-GROUPS:]
 
 
 def _runs(pid: int) -> bool:

@@ -235,7 +235,8 @@ def shutdown() -> None:
         if heartbeat.lost is not None:
             return
         heartbeat.stop()
-        _session.heartbeat = None
+        if heartbeat.lost is None:
+            _session.heartbeat = None
     if store is not None:
         _say_goodbye(store, serves, world.size)
     dist.destroy_process_group()

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from distflash.parallel.slices import Slices
-from distflash.parallel.wire.journal import AGREEING, DistFlashPeerLost, Journal, Now
+from distflash.parallel.wire.journal import AGREEING, Disagreement, DistFlashPeerLost, Journal, Now
+
+if TYPE_CHECKING:
+    import torch
 
 Check = Literal["first", "always", "never"]
 CHECKS: tuple[Check, ...] = ("first", "always", "never")
@@ -27,16 +31,13 @@ _REFUSED, _TOLD = "refused", 4096  # field of a note, and characters of it
 SLICE = 0.5  # seconds between two looks at what has become of the others
 
 
-class Disagreement(RuntimeError):
-    """Ranks of a group were about to do different things. Nothing of it was sent."""
-
-
 class Council(Protocol):
     """A wire whose ranks can compare notes."""
 
     rank: int
     size: int
     journal: Journal
+    device: torch.device
     patience: float  # seconds after which a rank that does not come is an error
 
     def post(self, round: int, note: str) -> None:
@@ -56,18 +57,21 @@ def agree(wire: Council, check: Check, call: str, fields: Mapping[str, object]) 
     """Begin a call: raise Disagreement on every rank unless all are about to make the same one.
 
     `fields` are hashable values that must be alike on every rank and that tell one kind of call from another. "first" compares
-    kinds that were not compared before, "always" every call, "never" none.
+    kinds that were not compared before, "always" every call, "never" none. What is not compared is numbered: see `Journal.make`.
     """
     journal, kind = wire.journal, (call, *fields.items())
-    if check == "never" or (check == "first" and kind in journal.agreed):
+    journal.counted = journal.counted and not _captures(wire)
+    number = zlib.crc32(call.encode()) if check == "never" else journal.agreed.get(kind)
+    if number is not None and check != "always":
         journal.enter(call, "")
+        journal.make(number)
         return
     journal.enter(call, AGREEING)
     said = {"call": call, "seq": str(journal.now.call)} | {name: words(value) for name, value in fields.items()}
     _compare([_read(note, rank) for rank, note in enumerate(_confer(wire, json.dumps(said), call))])
     if len(journal.agreed) >= REMEMBERED:
         journal.agreed.clear()
-    journal.agreed.add(kind)
+    journal.make(journal.agreed.setdefault(kind, len(journal.agreed)))
     journal.now = journal.now._replace(doing="")
 
 
@@ -92,6 +96,15 @@ def refuse(wire: Council, check: Check, call: str, error: Exception) -> None:
         said = {"call": call, "seq": str(journal.now.call), _REFUSED: f"{type(error).__name__}: {error}"[:_TOLD]}
         wire.post(journal.rounds, json.dumps(said))
     journal.now = journal.now._replace(doing="")
+
+
+def _captures(wire: Council) -> bool:
+    """Whether this call goes into a CUDA graph, to be made again without us."""
+    if wire.device.type != "cuda":
+        return False
+    import torch  # here: heartbeats need this file, and the command line starts without torch
+
+    return torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,8 @@
 import atexit
 import json
 import os
+import random
+import re
 import signal
 import socket
 import sys
@@ -12,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import HashStore
+import torch.distributed as dist
+from torch.distributed import HashStore, P2POp
+from torch.utils.checkpoint import checkpoint
 
 import distflash
 from distflash.launch import options
 from distflash.launch.heartbeat import EXIT_PEER_LOST, Heartbeat, read_note
 from distflash.parallel.wire.journal import DistFlashPeerLost
 from tests.launch.faults import LIMIT, RANKS, SLACK, fault, launch, ring, strike_with
+from tests.parallel.test_agreement import PASSES
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -81,6 +86,104 @@ def test_a_rank_that_takes_another_kind_of_call_for_agreed_is_named_where_the_ki
         assert ended[rank].code == EXIT_PEER_LOST
 
 
+def train(steps, passes=lambda step: True, between=lambda step: None, name="attention"):
+    """Steps of one kind of call, the backward of which may be left out; `between` one and the next."""
+    seq = distflash.SequenceParallel().sequence(48)
+    x = torch.randn(1, seq.local_length, 2, 8, requires_grad=True)
+    for step in range(steps):
+        loss = PASSES[name](seq, x)
+        if passes(step):
+            loss.backward()
+        between(step)
+
+
+@pytest.mark.parametrize(("name", "tagged"), [("attention", True), ("unshard", True), ("token_mean", True), ("attention", False)])
+def test_a_rank_that_leaves_one_backward_out_of_many_is_named_and_over_gloo_nothing_is_taken_for_gradients(tmp_path, name, tagged):
+    """All kinds were agreed on in the steps before, and blocks have the size of gradients. NCCL's messages have no tags."""
+
+    def body(rank):
+        def passes(step):
+            if rank == 1 and step == 5:
+                fault(tmp_path)
+            return rank != 1 or step != 5
+
+        def between(step):
+            if rank == 0 and step == 5:
+                print("took a step", file=sys.stderr)
+
+        if not tagged:
+            post = P2POp.__init__
+            P2POp.__init__ = lambda self, *args, tag=0, **rest: post(self, *args, **rest)
+        train(10**9, passes, between, name)
+
+    ended = launch(tmp_path, body, ranks=2)
+    told = r"rank \d \(host .*\) made (.*), seq (\d+), where rank \d made (.*), seq \2: their calls were alike until seq (\d+), group d"
+    for code, words, named, _ in ended:
+        found = re.search(told, words)
+        assert code == EXIT_PEER_LOST and found and named < LIMIT + SLACK, words
+        assert int(found[4]) < 12 <= int(found[2]), words
+        if tagged:
+            assert {found[1], found[3]} == {f"gradient of {name}", name} and found[2] == "12", words
+    assert ("took a step" in ended[0].said) != tagged
+
+
+def test_a_rank_that_ends_its_program_without_the_last_backward_is_named(tmp_path):
+    def body(rank):
+        train(5, lambda step: rank != 1 or step != 4)
+        fault(tmp_path)
+
+    ended = launch(tmp_path, body)
+    assert ended[1].code == 0
+    for rank in (0, 2):
+        assert ended[rank].code == EXIT_PEER_LOST and ended[rank].named < LIMIT + SLACK
+        assert re.search(r"DistFlashPeerLost: rank 1 \(host .*\) has ended its program", ended[rank].said), ended[rank].said
+
+
+def test_whoever_leaves_last_compares_the_last_calls_of_all(tmp_path):
+    """Between two beats, and no message of them waits: one rank ends with another call than the other."""
+
+    def body(rank):
+        seq = distflash.SequenceParallel().sequence(48)
+        for name in ("eval", "train"):
+            seq.agree(name)
+        time.sleep(0.3 * LIMIT * rank)
+        seq.agree("eval" if rank else "train")
+
+    first, last = launch(tmp_path, body, ranks=2)
+    assert (first.code, first.said) == (0, "") and last.code == EXIT_PEER_LOST
+    assert re.search(r"rank 0 \(host .*\) made train, seq 3, where rank 1 made eval, seq 3", last.said), last.said
+
+
+def test_ranks_that_run_ahead_evaluate_accumulate_run_layers_again_and_share_groups_are_left_in_peace(tmp_path):
+    def body(rank):
+        both, pair = distflash.SequenceParallel(), distflash.SequenceParallel([dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2])
+        draw, shared = random.Random(rank), random.Random(0)
+        end = torch.tensor(time.monotonic() + 3 * LIMIT)
+        dist.broadcast(end, 0)
+        over = torch.zeros(1)
+        while not over:
+            sp = shared.choice([both, pair])
+            seq = sp.sequence(shared.choice([32, 48]))
+            x = torch.randn(1, seq.local_length, 2, 8, requires_grad=True)
+
+            def layer(x, seq=seq):
+                return distflash.attention(x, x, x, seq, causal=True)
+
+            with torch.set_grad_enabled(shared.random() < 0.8):
+                out = checkpoint(layer, x, use_reentrant=False) if shared.random() < 0.5 else layer(x)
+                losses = [distflash.token_mean(out.sum((2, 3)), seq), seq.unshard(out).mean()]
+            if out.requires_grad and shared.random() < 0.8:
+                for loss in reversed(losses):
+                    loss.backward(retain_graph=True)
+            if draw.random() < 0.01:
+                time.sleep(0.1)
+            if sp is both:  # all end at the same step
+                over[0] = float(time.monotonic() > end)
+                dist.broadcast(over, 0)
+
+    assert [(code, said) for code, said, *_ in launch(tmp_path, body, ranks=4)] == [(0, "")] * 4
+
+
 def test_ranks_that_end_as_they_should_are_not_missed_even_long_after(tmp_path):
     def body(rank):
         ring(rank, None, None, calls=3)
@@ -129,7 +232,9 @@ def test_whoever_has_lost_a_rank_of_its_host_lets_it_end_first_and_its_own_verdi
         assert ended[rank].code == EXIT_PEER_LOST and ended[rank].gone > 0.6
 
 
-GOOD = {"beat": 1, "host": "h", "pid": 2, "state": "runs", "why": "", "about": 1, "group": "g", "now": [1, "attention", "forward", 0, 2]}
+MADE = {"made": {"key": [1, 2, "attention"]}}
+NOW = {"group": "g", "now": [1, "attention", "forward", 0, 2]}
+GOOD = MADE | NOW | {"beat": 1, "host": "h", "pid": 2, "state": "runs", "why": "", "about": 1}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +244,7 @@ GOOD = {"beat": 1, "host": "h", "pid": 2, "state": "runs", "why": "", "about": 1
         *(json.dumps(GOOD | change) for change in (
             {"state": "odd"}, {"pid": "2"}, {"pid": None}, {"host": 3}, {"state": "lost", "about": 2}, {"about": -1}, {"why": None},
             {"now": [1, "a", "f", 0]}, {"now": [1, "a", "f", 0, "2"]}, {"now": 7}, {"group": 3},
+            {"made": [1]}, {"made": {"key": 1}}, {"made": {"key": [1, "2", "attention"]}},
         )),
         *(json.dumps({name: value for name, value in GOOD.items() if name != left_out}) for left_out in GOOD),
     ],

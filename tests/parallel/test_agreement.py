@@ -189,6 +189,28 @@ def test_a_rank_that_leaves_a_backward_out_is_named(name, check, steps, monkeypa
         spmd(2, work)
 
 
+@pytest.mark.parametrize("left_out", ["backward", "both"])
+@pytest.mark.parametrize("wire", ["p2p", "symmetric"])
+@pytest.mark.parametrize("name", PASSES)
+def test_what_a_rank_sends_of_another_call_is_not_taken_for_this_one(name, wire, left_out):
+    """Of kinds that all were agreed on before, each of which sends as much as the one that was left out."""
+
+    def work(group):
+        seq = distflash.SequenceParallel(group, wire=wire).sequence(S)
+        x = torch.zeros(1, seq.local_length, 2, 4, requires_grad=True)
+        for n in range(4):
+            for options in ({}, {"causal": True}):
+                if group.rank == 1 and n == 3 and left_out == "both" and not options:
+                    continue
+                loss = distflash.attention(x, x, x, seq, **options).sum() + PASSES[name](seq, x)
+                if group.rank == 0 or n != 3 or left_out == "both":
+                    loss.backward()
+
+    told = r"ranks disagree on calls: rank \d (sent something of|made) .*, seq (\d+), rank \d (waits for|made) .*, seq \2$"
+    with pytest.raises(Disagreement, match=told):
+        spmd(2, work)
+
+
 def test_a_rank_that_does_not_come_is_named_when_patience_ends(monkeypatch):
     monkeypatch.setattr(agreement, "SLICE", 0.05)
     monkeypatch.setattr(LocalWire, "patience", 0.2)

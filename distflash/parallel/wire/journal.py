@@ -11,14 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from weakref import WeakValueDictionary
 
 AGREEING = "agreeing"
+KEPT = 1 << 13  # calls that are remembered: those of the seconds by which what is heard of another rank is old
+_FACTOR, _PRIME = 48271, 2**31 - 1  # of a hash of all calls so far: MINSTD's
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class DistFlashPeerLost(RuntimeError):
-    """A rank died, stopped, failed or cannot be reached; the message names it, and what this rank was doing."""
+    """A rank died, stopped, failed, makes other calls or cannot be reached; the message names it, and what this rank was doing."""
+
+
+class Disagreement(RuntimeError):
+    """Ranks of a group were about to do different things, and nothing of it was sent; or one of them has left out what others did."""
 
 
 class Now(NamedTuple):
@@ -38,20 +45,56 @@ class Now(NamedTuple):
         return f"{'in' if self.doing else 'after'} {hop}{where}{self.name}, seq {self.call}"
 
 
+class Made(NamedTuple):
+    """A call that a rank makes, and what tells all that it has made on the group so far from any other ones.
+
+    Every rank of a group makes the same calls in the same order, so the n-th is the same to all of them.
+    """
+
+    call: int = 0
+    path: int = 1  # below 2^31
+    name: str = "no call"
+
+    def __str__(self) -> str:
+        return f"{self.name}, seq {self.call}" if self.call else self.name
+
+
 @dataclass
 class Journal:
     """One rank's part in a group."""
 
     group: str
+    key: str = ""  # that only the ranks of this group have, or "" if nobody watches over them
     now: Now = field(default_factory=Now)
     rounds: int = 0  # of comparing notes
-    agreed: set[tuple] = field(default_factory=set)  # kinds of calls on which all ranks agree
+    agreed: dict[tuple, int] = field(default_factory=dict)  # kinds of calls on which all ranks agree, numbered alike
+    made: Made = field(default_factory=Made)  # last
+    counted: bool = True  # False once some calls may be made without Python: a CUDA graph holds them
+    alike: dict[int, int] = field(default_factory=dict)  # by rank of the job: the last call known to be the same there
+    kept: list[Made | None] = field(default_factory=lambda: [None] * KEPT, repr=False)  # by call number, modulo KEPT
 
     def enter(self, name: str, doing: str) -> None:
         """Another call begins."""
         global latest
         latest = self
         self.now = Now(self.now.call + 1, name, doing)
+
+    def make(self, kind: int) -> None:
+        """What was entered is carried out, and is of a kind with this number."""
+        made = Made(self.now.call, (self.made.path * _FACTOR + kind + 1) % _PRIME, self.now.name)
+        self.kept[made.call % KEPT] = made  # before `made` is there: other threads look up no later call
+        self.made = made
+
+    def counterpart(self, theirs: Made) -> Made | None:
+        """Our call of the number of another rank's last: equal to it, unless one of us left a call out. None if we have not come to it,
+        have forgotten it, or do not count.
+        """
+        if not self.counted or self.made.call < theirs.call:
+            return None
+        ours = self.kept[theirs.call % KEPT] or Made()
+        if ours.call > theirs.call:
+            return None
+        return ours if ours.call == theirs.call else Made()
 
     @contextmanager
     def during(self, doing: str) -> Iterator[None]:
@@ -90,6 +133,7 @@ class Watcher(Protocol):
         ...
 
 
+watched: WeakValueDictionary[str, Journal] = WeakValueDictionary()  # of this process, by key
 latest: Journal | None = None  # of this process: the one it wrote to last
 watcher: Watcher | None = None  # of this process, set by whoever started one
 

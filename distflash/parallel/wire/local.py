@@ -6,18 +6,20 @@ Messages are copied when they are sent, so a buffer that is overwritten too earl
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from distflash.parallel.wire.base import Pending, SubWire, Wire
-from distflash.parallel.wire.journal import Journal, Now
+from distflash.parallel.wire.journal import Disagreement, Journal, Made, Now
 from distflash.parallel.wire.symmetric import SubWindows, Window
 
 _PATIENCE = 120.0  # seconds a rank waits for another one before it gives up
+_SLICE = 0.5  # seconds between two looks at what the others do instead
 
 
 class LocalGroup:
@@ -25,7 +27,7 @@ class LocalGroup:
 
     def __init__(self, size: int, device: torch.device | str = "cpu", per_node: int | None = None):
         self.size, self.device, self.per_node = size, torch.device(device), per_node or size
-        self.mail: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(dict)  # by pair, then by number
+        self.mail: dict[tuple[int, int], dict[int, tuple[Tensor, Made]]] = defaultdict(dict)  # by pair, then by number
         self.sent, self.asked = Counter(), Counter()  # messages of each pair so far: the n-th that is asked for is the n-th sent
         self.changed = threading.Condition()
         self.failed = False
@@ -35,6 +37,17 @@ class LocalGroup:
 
     def wire(self, rank: int) -> LocalWire:
         return LocalWire(self, rank)
+
+    def wait(self, rank: int, there: Callable[[], bool], what: str) -> None:
+        """Let a rank wait until something is there, named for the error if it never is; `changed` is held."""
+        end, ours = time.monotonic() + _PATIENCE, self.journals[rank]
+        while not self.changed.wait_for(lambda: there() or self.failed, _SLICE) and time.monotonic() < end:
+            for other, journal in self.journals.items():
+                theirs = journal.made
+                if ours.counterpart(theirs) not in (None, theirs):
+                    raise Disagreement(f"ranks disagree on calls: rank {other} made {theirs}, rank {rank} made {ours.counterpart(theirs)}")
+        if not there():
+            raise RankLost(f"rank {rank} waited for {what}")
 
     def fail(self) -> None:
         """A rank raised: wake those who wait for it."""
@@ -64,7 +77,7 @@ class LocalWire:
             for dest, message in sends.items():
                 if message.numel():
                     pair = self.rank, dest
-                    self.group.mail[pair][self.group.sent[pair]] = message.clone()
+                    self.group.mail[pair][self.group.sent[pair]] = message.clone(), self.journal.made
                     self.group.sent[pair] += 1
             self.group.changed.notify_all()
             return _Receipt(self.group, self.rank, {source: message for source, message in recvs.items() if message.numel()})
@@ -83,7 +96,7 @@ class LocalWire:
         members = tuple(members)
         with self.group.changed:
             if (members, name, nbytes) not in self.group.windows:
-                self.group.windows[members, name, nbytes] = LocalMemory(len(members), nbytes, self.device)
+                self.group.windows[members, name, nbytes] = LocalMemory(members, nbytes, self.device)
         return LocalWindow(self.group, self.group.windows[members, name, nbytes], members.index(self.rank))
 
     def beside(self, lane: str) -> AbstractContextManager[None]:
@@ -116,28 +129,34 @@ class LocalWire:
 class _Receipt:
     def __init__(self, group: LocalGroup, rank: int, recvs: Mapping[int, Tensor]):
         self.group, self.rank, self.recvs = group, rank, dict(recvs)
-        self.numbers = {source: group.asked[source, rank] for source in recvs}
+        self.made, self.numbers = group.journals[rank].made, {source: group.asked[source, rank] for source in recvs}
         group.asked.update((source, rank) for source in recvs)  # this rank alone asks for these
 
     def wait(self) -> None:
         for source, buffer in self.recvs.items():
             box, number = self.group.mail[source, self.rank], self.numbers[source]
             with self.group.changed:
-                there = self.group.changed.wait_for(lambda box=box, number=number: number in box or self.group.failed, _PATIENCE)
-                if not there or number not in box:
-                    raise RankLost(f"rank {self.rank} waited for a message of rank {source} that did not come")
-                message = box.pop(number)
+                awaited = f"a message of rank {source} that did not come"
+                self.group.wait(self.rank, lambda box=box, number=number: number in box, awaited)
+                message, made = box.pop(number)
+            _check(source, made, self.rank, self.made)
             assert message.numel() == buffer.numel(), f"{message.numel()} bytes came, {buffer.numel()} were expected"
             buffer.copy_(message)
+
+
+def _check(source: int, theirs: Made, rank: int, ours: Made) -> None:
+    if theirs != ours:
+        raise Disagreement(f"ranks disagree on calls: rank {source} sent something of {theirs}, rank {rank} waits for {ours}")
 
 
 class LocalMemory:
     """The memory of a window, and its flags."""
 
-    def __init__(self, size: int, nbytes: int, device: torch.device):
-        self.pieces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(size)]
-        self.full: set[tuple[int, int]] = set()  # (writer, reader): given, and not taken yet
-        self.free = {(writer, reader) for writer in range(size) for reader in range(size)}
+    def __init__(self, members: tuple[int, ...], nbytes: int, device: torch.device):
+        self.members, ranks = members, range(len(members))
+        self.pieces = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in ranks]
+        self.full: dict[tuple[int, int], Made] = {}  # (writer, reader): given in that call, and not taken yet
+        self.free = {(writer, reader) for writer in ranks for reader in ranks}
 
 
 class LocalWindow:
@@ -145,6 +164,7 @@ class LocalWindow:
 
     def __init__(self, group: LocalGroup, memory: LocalMemory, rank: int):
         self.group, self.memory, self.rank = group, memory, rank
+        self.journal = group.journals[memory.members[rank]]
         self.asked: set[int] = set()  # for whom we may write
 
     def of(self, rank: int) -> Tensor:
@@ -161,20 +181,19 @@ class LocalWindow:
                 assert pair[1] in self.asked, f"{pair} was given, and it had not been asked whether it may be written"
                 self.asked.remove(pair[1])
                 self.memory.free.remove(pair)
-                self.memory.full.add(pair)
+                self.memory.full[pair] = self.journal.made
             self.group.changed.notify_all()
 
     def take(self, rank: int) -> None:
         self._wait(self.memory.full, (rank, self.rank))
-        self.memory.full.remove((rank, self.rank))
+        made, members = self.memory.full.pop((rank, self.rank)), self.memory.members
+        _check(members[rank], made, members[self.rank], self.journal.made)
 
     def release(self, rank: int) -> None:
         with self.group.changed:
             self.memory.free.add((rank, self.rank))
             self.group.changed.notify_all()
 
-    def _wait(self, flags: set[tuple[int, int]], pair: tuple[int, int]) -> None:
+    def _wait(self, flags: Container[tuple[int, int]], pair: tuple[int, int]) -> None:
         with self.group.changed:
-            there = self.group.changed.wait_for(lambda: pair in flags or self.group.failed, _PATIENCE)
-            if not there or pair not in flags:
-                raise RankLost(f"rank {self.rank} waited for a flag of {pair} that was not set")
+            self.group.wait(self.memory.members[self.rank], lambda: pair in flags, f"a flag of {pair} that was not set")

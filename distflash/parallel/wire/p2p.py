@@ -1,8 +1,9 @@
 """Point-to-point messages over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
-Every exchange is one batch, so that no rank waits in a send for a peer that waits in a send. NCCL runs it on its own stream:
-`exchange` makes that stream wait for what was enqueued so far, `wait` makes the current stream wait for the messages; the
-host waits for neither.
+Every exchange is one batch, so that no rank waits in a send for a peer that waits in a send. Gloo's messages are tagged with all calls that
+led to them: those of a rank that left one out are taken for no others, and whoever waits for it hears from heartbeats who it is. NCCL knows
+no tags, and runs the batch on its own stream: `exchange` makes that stream wait for what was enqueued so far, `wait` makes the current
+stream wait for the messages; the host waits for neither.
 """
 
 from __future__ import annotations
@@ -46,17 +47,21 @@ class P2PWire:
         self.per_node, self.unequal = _ranks_per_node(hosts)
         if group not in _JOURNALS:
             store = dist.PrefixStore(f"distflash/{numbers[0]:x}", dist.distributed_c10d._get_process_group_store(group))
-            _JOURNALS[group] = Journal(f"{group.group_desc} {group.group_name}"), store
+            _JOURNALS[group] = Journal(f"{group.group_desc} {group.group_name}", f"{numbers[0]:x}"), store
+            journal.watched[f"{numbers[0]:x}"] = _JOURNALS[group][0]
         self.journal, self.store = _JOURNALS[group]
         self.patience: float = self.store.timeout.total_seconds()  # type: ignore[attr-defined]  # it has one, its stub has not
 
     def exchange(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending:
         post = [(dist.isend, rank, x) for rank, x in sends.items()] + [(dist.irecv, rank, x) for rank, x in recvs.items()]
-        ops = [dist.P2POp(op, x, group=self.group, group_peer=rank) for op, rank, x in post if x.numel()]
+        tag = self.journal.made.path
+        ops = [dist.P2POp(op, x, group=self.group, group_peer=rank, tag=tag) for op, rank, x in post if x.numel()]
         with blaming():
             return _Posted(dist.batch_isend_irecv(ops) if ops else [], [x for *_, x in post])
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # gloo's own has no tag
+            return SubWire(self, range(self.size), self.per_node).all_reduce(x)
         total = x.clone()
         with blaming():
             dist.all_reduce(total, group=self.group)
