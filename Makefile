@@ -65,7 +65,7 @@ compile-check: $(READY) .venvs/triton-$(OLDEST)/.stamp .venvs/triton-$(NEWEST)/.
 	PYTHONPATH=.venvs/triton-$(OLDEST) $(PY) -m distflash.kernels.compile_check
 	PYTHONPATH=.venvs/triton-$(OLDEST) $(PY) -m distflash.kernels.hopper.check
 	PYTHONPATH=.venvs/triton-$(NEWEST) $(PY) -m distflash.kernels.compile_check --dtype bf16 --head-dim 128
-	PYTHONPATH=.venvs/triton-$(NEWEST) $(PY) -m distflash.kernels.hopper.check --quick
+	PYTHONPATH=.venvs/triton-$(NEWEST) $(PY) -m distflash.kernels.hopper.check
 
 .venvs/triton-%/.stamp: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venvs/triton-$* triton==$*

@@ -128,7 +128,7 @@ def test_scales_that_are_not_positive(scale):
     [(64, "kv_in_memory"), (64, "simple"), (64, "nb4"), (128, "early"),
      (64, "prompt"), (64, "named"), (64, "named_early"), (64, "named_simple"), (128, "prompt"), (128, "prompt_early"),
      (128, "named"),
-     (64, "staged"), (64, "late"), (128, "late"), (128, "staged"), (128, "overlap_named")],
+     (64, "staged"), (64, "late"), (128, "late"), (128, "staged"), (128, "overlap_named"), (64, "k_in_registers"), (128, "two_hide")],
 )  # fmt: skip
 def test_variants_of_the_one_pass(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5

@@ -8,7 +8,8 @@
               the consumers never wait for each other, nor for dQ's way out; it takes the registers that D = 128 needs. NONE: dK and
               dV alone, bit-equal from run to run; dq.py computes dQ then. It is computed as dQᵀ = Kᵀ dSᵀ: a warp that stores that in
               TMA's swizzle meets every bank once, where dQ, two columns a thread, meets each twice
-    KV_REGS   K and V are register operands of Sᵀ and dPᵀ: a third less shared memory is read. 32 registers at D = 64
+    KV_REGS   K (1), or K and V (2) are register operands of Sᵀ and dPᵀ: with both a third less shared memory is read. At D = 64 they
+              take 16 registers each
     stats     -lse in base 2 (-inf where a row saw no key, so that its P is 0) and -delta, one fp32 vector each; a tile's slice of
               them travels with Q and dO into shared memory and is read just before use: kept in registers they spill
 
@@ -202,6 +203,7 @@ def consumer(
     mbarrier.wait(kvf.index(0), 0)
     if KV_REGS:
         ks = ks.load(gl.DotOperandLayout(0, s_l, 2))
+    if KV_REGS == 2:
         vs = vs.load(gl.DotOperandLayout(0, s_l, 2))
     if OVERLAP:
         mbarrier.wait(qf.index(0), 0)

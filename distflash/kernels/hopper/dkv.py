@@ -72,7 +72,7 @@ def consume_probabilities(
     ks = k.index(0)
     start, stop, _, _, sg = segment_of(0, blocks, busy, per, kv_heads, group)
     first, left, inner, total = extent(segments, sg)
-    low, high = band(segments, sg, start, stop, r_l)
+    low, high = band(segments, sg, start, stop, r_l, True)
     mbarrier.wait(kvf.index(0), 0)
 
     # the first tile, always masked (a mask that cuts nothing costs little once a program): no dV to go with it
@@ -83,10 +83,11 @@ def consume_probabilities(
     mbarrier.arrive(qe.index(0), count=1)
     hand_over(p, pb, pf, 0)
     it = 1
-    for u in range(group * n_segments(blocks, busy, per, kv_heads)):
+    u = 0
+    while again(u) < group * n_segments(blocks, busy, per, kv_heads):
         start, stop, _, _, sg = segment_of(u, blocks, busy, per, kv_heads, group)
         first, left, inner, total = extent(segments, sg)
-        low, high = band(segments, sg, start, stop, r_l)
+        low, high = band(segments, sg, start, stop, r_l, True)
         masked = total - inner
         done = gl.where(u == 0, 1, 0)
         for i in range(done, masked):
@@ -94,6 +95,7 @@ def consume_probabilities(
             dv, p, it = step(True, ks, qb, dob, st_b, pb, qf, qe, dof, doe, pf, dv, p, zs, it, qs, n0, low, high, NB)
         for _ in range(gl.maximum(masked, done), total):
             dv, p, it = step(False, ks, qb, dob, st_b, pb, qf, qe, dof, doe, pf, dv, p, zs, it, qs, 0, 0, 0, NB)
+        u += 1
     last = again(it) - 1
     operand = as_operand(p, dob.dtype, kv_l)
     mbarrier.wait(dof.index(last % NB), (last // NB) % 2)

@@ -22,6 +22,7 @@ Q_REGS columns of Q's first part are held in registers (qr) during an item: with
 shared memory limits the rate.
 NAMED, the number of consumers or 0: slots of K and V are given back at named barriers, not at ke and ve (slots.py), and a row's sum stays
 with the four threads that share the row until the item's end.
+ANEW: a masked tile looks its segment up in memory, instead of keeping it in registers, as a forward onto a running partial always does.
 BOUNDS, 1 or 2: with 1, no row's columns begin later than its segment does (Schedule.left), and masks look at the other end alone.
 Statistics are base 2 inside: m and the exponent are in units of log2(e) * scale.
 Longer than the house's 60 lines a function: a wgmma and what it overlaps with must stand in one body.
@@ -118,7 +119,7 @@ def give_back(kf, ke, vf, ve, idx, ph, NB: gl.constexpr, NAMED: gl.constexpr):
 def consumer(
     cid: gl.constexpr, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds, heads, t_q,
     NQ: gl.constexpr, Q_REGS: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
-    BOUNDS: gl.constexpr, NAMED: gl.constexpr
+    BOUNDS: gl.constexpr, NAMED: gl.constexpr, ANEW: gl.constexpr
 ):  # fmt: skip
     """Rows cid * 64 .. + 63 of each block."""
     NB: gl.constexpr = k[0].shape[0]
@@ -178,7 +179,7 @@ def consumer(
                 idx, ph = give_back(kf, ke, vf, ve, idx, ph, NB, NAMED)
             done += idle
             for i in range(done, masked):
-                if HAS_ACC:  # registers: looked up anew
+                if HAS_ACC or ANEW:  # registers: looked up anew
                     item = line_of(dealt, r)
                     rows = number(item, 2) + cid * 64 + lines(r_l)
                     first, low, high, left, inner, total = bounds(segment(item, segments, again(n)), rows)
@@ -253,7 +254,8 @@ def consumer(
 def forward_kernel(
     desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_o, desc_o2, desc_order, O, M, A, AM, segments, order, qs, rounds, heads, group,
     t_q, NC: gl.constexpr, NB: gl.constexpr, NQ: gl.constexpr, Q_REGS: gl.constexpr, DV: gl.constexpr, HAS_ACC: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr, NAMED: gl.constexpr, REGS: gl.constexpr, REGS_P: gl.constexpr
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, BOUNDS: gl.constexpr, NAMED: gl.constexpr, ANEW: gl.constexpr, REGS: gl.constexpr,
+    REGS_P: gl.constexpr
 ):  # fmt: skip
     """grid: any number of programs, at least one item and at most `rounds` each: order [programs, rounds, 16]. desc_*: [B, H, T, D]
     views, boxes of 64 or BN rows and of the first part of the columns; desc_*2: of the second part, None if there is none. O, A
@@ -287,9 +289,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED, ANEW)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED, ANEW)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ, NAMED)),
             ],
@@ -300,11 +302,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED, ANEW)),
                 (consumer, (1, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED, ANEW)),
                 (consumer, (2, desc_o, desc_o2, q, k, v, way, dealt, qf, qe, kf, ke, vf, ve, O, M, A, AM, segments, order, qs, rounds,
-                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED)),
+                 heads, t_q, NQ, Q_REGS, DV, HAS_ACC, AHEAD, TURNS, BOUNDS, NAMED, ANEW)),
                 (producer, (desc_q, desc_q2, desc_k, desc_k2, desc_v, desc_v2, desc_order, q, k, v, dealt, qf, qe, kf, ke, vf, ve, segments,
                  order, rounds, heads, group, NQ, NAMED)),
             ],

@@ -85,7 +85,7 @@ class HopperKernel:
             order.shape[1], H, H // Hk, Tq,
             config.consumers, config.stages, config.q_stages, config.q_regs, Dv, acc is not None, config.ahead,
             config.consumers if config.pingpong else 0, 1 if config.one_bound and not work.left else 2,
-            config.consumers if config.named else 0,
+            config.consumers if config.named else 0, config.anew,
             *config.regs, num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
         return Partial(out, lse)

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from distflash.kernels.hopper.common import again, lines
-from distflash.kernels.hopper.compat import tma_store
+from distflash.kernels.hopper.compat import LATER, tma_store
 
 
 @gluon.jit
@@ -61,12 +61,18 @@ def padded(v, DV):
     return sum(part.shape[2] for part in v) > DV
 
 
+@gluon.constexpr_function
+def hidden(v, DV):
+    """Whether columns, too, are hidden from what is computed early: where rows are padded they cannot be stored in wider words, and each
+    takes a register over the loop. Later releases spill less if they are not."""
+    return padded(v, DV) and not LATER
+
+
 @gluon.jit
 def leave(O, A, b, h, start, stop, heads, t, acc, new, old, v, DV: gl.constexpr, HAS_ACC: gl.constexpr):
     """`write` of every part."""
     W: gl.constexpr = v[0].shape[2]
-    # where rows are padded they cannot be stored in wider words: there columns, too, are hidden from what is computed early
-    HIDE: gl.constexpr = HAS_ACC and padded(v, DV)
+    HIDE: gl.constexpr = HAS_ACC and hidden(v, DV)
     write(O, A, b, h, start, stop, heads, t, acc[0], new, old, 0, DV, HAS_ACC, HIDE)
     if len(acc) == 2:  # after the first part's store, from addresses of its own: the registers of one part at a time
         write(O, A, b, h, again(start), stop, heads, t, acc[1], new, old, W, DV, HAS_ACC, HIDE)
