@@ -286,7 +286,9 @@ def _write_failure(path: str, now: int, text: str, lost_connection: bool) -> Non
     """torchelastic's error file, with what tells cause from consequence besides: the time in nanoseconds, a lost connection."""
     extra = {"py_callstack": text, "timestamp": str(now // 10**9), "time_ns": now, "lost_connection": lost_connection}
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(f"{path}.new", "x", encoding="utf-8") as file:
             json.dump({"message": {"message": text.strip().rpartition("\n")[2], "extraInfo": extra}}, file)
+        if not os.path.exists(path):  # what @record wrote stays
+            os.rename(f"{path}.new", path)  # whole or not at all: half a file, of a rank that ends meanwhile, would end the launcher
     except OSError:
         return  # the traceback is on stderr already

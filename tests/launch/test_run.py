@@ -52,7 +52,7 @@ print("RANK", sorted({fields[1].split(":")[0] for fields in rows if fields[3] ==
 @pytest.mark.parametrize("pace", [[], ["slowly"]])
 def test_the_failing_ranks_traceback_and_exit_code_are_passed_on(tmp_path, pace):
     done = start(distflash("run", "-n", "2", "rank.py", "raise", *pace), tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 1 and "distflash run: " in done.stderr, done.stderr
     told = done.stderr[done.stderr.index("distflash run: ") :]
     assert told.startswith("distflash run: rank 1 (pid ")
     assert "the bug of rank 1" in told and "Traceback" in told and "rank.py" in told

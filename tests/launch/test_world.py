@@ -201,6 +201,26 @@ def test_a_failure_is_noted_with_its_time_for_the_launcher(tmp_path):
     }
 
 
+def test_a_rank_that_ends_while_it_notes_its_failure_leaves_no_half_of_a_note(tmp_path, monkeypatch):
+    """torchrun's launcher ends on one, and tells nothing."""
+
+    def half(note, file):
+        file.write('{"message": {"mes')
+        file.flush()
+        raise SystemExit(75)
+
+    monkeypatch.setattr(world.json, "dump", half)
+    with pytest.raises(SystemExit):
+        world._write_failure(str(tmp_path / "error.json"), 1, "RuntimeError: why\n", lost_connection=True)
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_the_note_of_somebody_else_stays(tmp_path):
+    (tmp_path / "error.json").write_text("theirs")
+    world._write_failure(str(tmp_path / "error.json"), 1, "RuntimeError: why\n", lost_connection=True)
+    assert (tmp_path / "error.json").read_text() == "theirs"
+
+
 def test_importing_changes_nothing_and_a_plain_script_exits_in_silence(tmp_path):
     code = "import os; before = dict(os.environ); import distflash.launch; assert dict(os.environ) == before; distflash.launch.init()"
     done = start([sys.executable, "-W", "error", "-c", code], tmp_path)
