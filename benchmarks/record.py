@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from distflash.launch.checkout import commit
+from distflash.train.report import finite
 
 RESULTS = Path(__file__).parent / "results"
 # when this program began, and with what: neither changes while it measures for an hour, whatever is committed meanwhile
@@ -50,18 +50,9 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **about
     path, before = folder / f"{name}.json", _added_to.get(folder / f"{name}.json", {"rows": []})
     kept = any(row in rows for row in before["rows"])
     earlier = {"earlier": [*before.get("earlier", ()), {word: before.get(word) for word in RUN}]} if kept else {}
-    result = _finite({"versions": versions(), **RUN, **earlier, **about, "rows": rows})
+    result = finite({"versions": versions(), **RUN, **earlier, **about, "rows": rows})
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def _finite(value: Any) -> Any:
-    """The same for JSON, which has no infinity and no nan: null stands for them."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(name: str) -> dict[str, Any]:

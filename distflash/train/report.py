@@ -166,9 +166,17 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def json_line(facts: dict[str, Any]) -> str:
-    """A line of JSON, which has no infinity and no nan: null stands for them."""
-    told = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()}
-    return json.dumps(told, allow_nan=False) + "\n"
+    """A line of JSON."""
+    return json.dumps(finite(facts), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no infinity and no nan: null stands for them."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,18 @@ def fresh(monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """One rank of a launcher that names a free port."""
+    from tests.launch.test_rendezvous import free_port
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 def test_plain_python_is_a_world_of_one_without_a_group():
     alone = init()
     assert alone == World(0, 0, 1, 1, torch.device("cpu"), None, "single")
@@ -84,14 +96,8 @@ def test_a_group_created_after_a_single_process_init_is_adopted():
     assert init().backend == "gloo"
 
 
-def test_one_rank_of_a_launcher_has_a_group_and_can_begin_again(monkeypatch):
-    from tests.launch.test_rendezvous import free_port
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "lo")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+@pytest.mark.usefixtures("launched")
+def test_one_rank_of_a_launcher_has_a_group_and_can_begin_again():
     for _ in range(2):
         assert init().launcher == "env" and dist.is_initialized()
         shutdown()
@@ -123,10 +129,9 @@ class FakeOptions:
         self.config = SimpleNamespace(min_ctas=None, max_ctas=None)
 
 
+@pytest.mark.usefixtures("launched")
 @pytest.mark.parametrize("ctas", [None, 6])
 def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked_for(ctas, monkeypatch):
-    from tests.launch.test_rendezvous import free_port
-
     made, real = {}, dist.init_process_group
 
     def without_nccl(name, *, pg_options, device_id, **options):
@@ -137,11 +142,6 @@ def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked
     monkeypatch.setattr(dist, "init_process_group", without_nccl)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "claim", lambda place, backend: torch.device("cuda", 0))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "lo")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     init(timeout=77.0, nccl_ctas=ctas)
     options = made["pg_options"]
     assert made["name"] == "nccl" and options.is_high_priority_stream and options._timeout == timedelta(seconds=77)
@@ -152,14 +152,8 @@ def test_nccl_runs_on_a_stream_of_high_priority_and_in_no_more_blocks_than_asked
     shutdown()
 
 
-def test_a_second_call_that_asks_for_something_else_is_refused(monkeypatch):
-    from tests.launch.test_rendezvous import free_port
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "lo")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+@pytest.mark.usefixtures("launched")
+def test_a_second_call_that_asks_for_something_else_is_refused():
     world = init(timeout=77.0, heartbeat=0)
     assert init() is init(timeout=77.0, heartbeat=0) is init(heartbeat=0.0) is world
     for name, had, value in (("timeout", "77.0", 60.0), ("heartbeat", "0", 5), ("interface", "None", "eth7")):
