@@ -37,8 +37,12 @@ def hopper() -> str:
     rows = result["rows"]
     shares = [f"{direction} {share:.2f}" for direction, share in kernel_table.ragged(rows).items()]
     equal = [f"{r['pass']} D = {r['D']} {r['equal']} of {r['times']}" for r in rows if "equal" in r]
+    second = load("history/hopper_13_grid")["rows"]
+    means, others = kernel_table.overall(rows), kernel_table.overall(second)
+    both = [f"{direction} {mean:.3f} ({others[direction]:.3f})" for direction, mean in means.items()]
     return (
-        kernel_table.markdown(rows)
+        kernel_table.markdown(rows, second)
+        + f"\nGeometric mean of all dense cells (on another card): {', '.join(both)}.\n"
         + f"\n64 documents of random lengths, rate over that of dense causal S = 8192: {', '.join(shares)}.\n"
         + f"Repeats that were bit-equal, with deterministic gradients: {', '.join(equal)}.\n"
         + source(result)

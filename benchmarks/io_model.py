@@ -174,8 +174,7 @@ def packed_documents() -> dict[str, tuple[float, float]]:
 
 def rates() -> str:
     """The two numbers of each kernel, and what they say of a problem they are not fitted to."""
-    grid, second = (load(name)["rows"] for name in ("kernels_h100_80gb_hbm3", "history/hopper_11_grid"))  # two cards
-    grid += [row for row in second if (row["D"], row["pass"]) != (256, "forward")]  # that kernel has changed since
+    grid = [row for name in ("kernels_h100_80gb_hbm3", "history/hopper_13_grid") for row in load(name)["rows"]]  # two cards
     ring = load("ring_2xh200")
     timed = {("H100", pass_, d): of_grid(grid, d, pass_) for pass_ in PASSES for d in (64, 128, 256)}
     timed |= {("H200, in a row", pass_, 128): of_dense_blocks(ring, pass_) for pass_ in PASSES}

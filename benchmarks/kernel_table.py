@@ -12,6 +12,8 @@ from typing import Any
 
 OURS, PEERS = "distflash", ("fa3", "fa4", "cudnn", "fa2", "flex")
 DIRECTIONS = ("forward", "backward")
+TITLES = {"d64": "D = 64", "d128": "D = 128", "d256": "D = 256", "gqa": "D = 128, 32 over 8 heads"}
+NAMES = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention"}
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, int, bool]  # part, direction, S, causal
 
@@ -49,6 +51,13 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
         figures = {"geomean": geometric_mean(known), "min": min(known)} if known else {}
         lines.append({"part": part, "pass": direction, "cells": len(ratios), "measured": len(known), **figures})
     return lines
+
+
+def overall(rows: Rows) -> dict[str, float]:
+    """By direction, the geometric mean of the ratios of every dense cell."""
+    dense = [(direction, ratio(cell)) for (part, direction, *_), cell in cells(rows).items() if part in TITLES]
+    known = {direction: [r for name, r in dense if name == direction and r is not None] for direction in DIRECTIONS}
+    return {direction: geometric_mean(found) for direction, found in known.items() if found}
 
 
 def ratios(rows: Rows) -> list[dict[str, Any]]:
@@ -103,22 +112,25 @@ def troubles(rows: Rows) -> list[str]:
     return found
 
 
-def markdown(rows: Rows) -> str:
-    """The table with the spread of each figure, and the means and minima."""
+def markdown(rows: Rows, elsewhere: Rows | None = None) -> str:
+    """The table with the spread of each figure, and the means and minima; beside these the means of a run on another card."""
     head, body = lines(rows, spread=True)
-    short = [
-        [line["part"], line["pass"], *(f"{line[word]:.3f}" if word in line else "" for word in ("geomean", "min")), str(line["measured"])]
-        for line in summary(rows)
-    ]
-    return _table(head, body) + "\n" + _table(["part", "pass", "geometric mean of the ratios", "least", "cells"], short)
+    others = {(line["part"], line["pass"]): line for line in summary(elsewhere or [])}
+    short = []
+    for line in summary(rows):
+        other = others.get((line["part"], line["pass"]), {})
+        means = [_three(line, "geomean"), _three(line, "min"), *([_three(other, "geomean"), _three(other, "min")] if others else [])]
+        short.append([line["part"], line["pass"], *means, str(line["measured"])])
+    named = ["geometric mean of the ratios", "least", *(["on another card", "least"] if others else [])]
+    return _table(head, body) + "\n" + _table(["part", "pass", *named, "cells"], short)
+
+
+def _three(line: dict[str, Any], word: str) -> str:
+    return f"{line[word]:.3f}" if word in line else ""
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *body))
-
-
-TITLES = {"d64": "D = 64", "d128": "D = 128", "d256": "D = 256", "gqa": "D = 128, 32 over 8 heads"}
-NAMES = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention"}
 
 
 def plot(rows: Rows, title: str, path: Path) -> None:

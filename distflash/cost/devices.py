@@ -107,10 +107,10 @@ def _nvlink(generation: float) -> dict[str, Link]:
 
 
 # `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair on each of two cards: benchmarks/results,
-# kernels_h100_80gb_hbm3.json, and hopper_11_grid.json of its history but for the forward at D = 256, which has changed since
+# kernels_h100_80gb_hbm3.json, and hopper_13_grid.json of its history
 _HOPPER = {
-    "forward": {64: Rate(555e12, 2.3), 128: Rate(707e12, 2.0), 256: Rate(792e12, 1.5)},
-    "backward": {64: Rate(562e12, 3.9), 128: Rate(624e12, 3.6), 256: Rate(497e12, 2.1)},
+    "forward": {64: Rate(559e12, 2.5), 128: Rate(712e12, 2.1), 256: Rate(774e12, 1.2)},
+    "backward": {64: Rate(571e12, 4.1), 128: Rate(624e12, 3.7), 256: Rate(519e12, 2.7)},
 }
 # the same of an H200 at D = 128, from the dense blocks of benchmarks/results/ring_2xh200.json: calls in a row, at the clock that the power
 # limit leaves; other head sizes, not measured there, by the ratio of the two devices at this one

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _RELEASE = tuple(int(n) for n in triton.__version__.split(".")[:2])
-_KNOWN = ((3, 6), (3, 9))  # compiled and inspected with these (check.py); run on a GPU with 3.6 so far
+_KNOWN = ((3, 6), (3, 9))  # compiled and inspected with these (check.py); run on a GPU with the first and the last
 if not _KNOWN[0] <= _RELEASE <= _KNOWN[1]:
     raise ImportError(f"hopper kernels are written in Gluon as Triton 3.6 to 3.9 have it, this is Triton {triton.__version__}")
 
