@@ -12,7 +12,7 @@ A row with lse = -inf keeps nothing, so it only meets masked steps, where the ma
 import triton
 import triton.language as tl
 
-from distflash.kernels.triton.scores import dropped, looked_up, shaped
+from distflash.kernels.triton.scores import dropped, lifted, looked_up, shaped
 from distflash.kernels.triton.tiles import column_ranges, kept, load_pairs, load_step, load_tile, store_tile
 
 
@@ -63,7 +63,8 @@ def _dkv_range(
         if ASKED:
             kept_p = dropped(p, here, at, True, ASKED)
             dv = tl.dot(kept_p.to(do.dtype), do, dv, input_precision="ieee")
-            ds = (kept_p * tl.dot(values, do.T, input_precision="ieee") - p * delta[None, :]) * derivative
+            dp = lifted(tl.dot(values, do.T, input_precision="ieee"), here[0], ASKED)
+            ds = (kept_p * dp - p * delta[None, :]) * derivative
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(values, do.T, input_precision="ieee")  # [ROWS, COLUMNS]
@@ -124,7 +125,7 @@ def dkv_kernel(
 
     plane = batch * kv_len * kv_heads + kv_head
     store_tile(dk + plane * D, kv_heads * D, first_row, stop_row, dk_tile * scale, D, ROWS, PAD, WIDE)
-    store_tile(dv + plane * DV, kv_heads * DV, first_row, stop_row, dv_tile, DV, ROWS, PAD_V, WIDE)
+    store_tile(dv + plane * DV, kv_heads * DV, first_row, stop_row, lifted(dv_tile, asked, ASKED), DV, ROWS, PAD_V, WIDE)
 
 
 @triton.jit
@@ -147,7 +148,8 @@ def _dq_range(
         values = load_step(v_box, v, v_t, batch, head, column, end, DV, COLUMNS, PAD_V, WIDE, MASKED, BOXES)  # [COLUMNS, PAD_V]
         dp = tl.dot(do, values.T, input_precision="ieee")
         if ASKED:
-            ds = p * (dropped(dp, here, at, False, ASKED) - delta[:, None]) * derivative
+            dp = lifted(dropped(dp, here, at, False, ASKED), here[0], ASKED)
+            ds = p * (dp - delta[:, None]) * derivative
         else:
             ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")

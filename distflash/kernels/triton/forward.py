@@ -9,7 +9,7 @@ The body exceeds the usual length because a kernel's whole state is its local va
 import triton
 import triton.language as tl
 
-from distflash.kernels.triton.scores import dropped, looked_up, shaped
+from distflash.kernels.triton.scores import dropped, lifted, looked_up, shaped
 from distflash.kernels.triton.tiles import column_ranges, kept, load_step, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -136,6 +136,7 @@ def forward_kernel(
             scale2, here, D, DV, PAD, PAD_V, COLUMNS, HAS_LO, WIDE, BOXES, ASKED, MASKED=True,
         )  # fmt: skip
 
+    o = lifted(o, asked, ASKED)
     line = (batch * heads + head) * q_len + rows  # of lse
     plane = (batch * q_len * heads + head) * DV  # of out
     if MERGE:  # the running partial is one more column, of weight exp(acc_lse)
