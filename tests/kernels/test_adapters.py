@@ -244,6 +244,14 @@ def test_stand_ins_multiply_to_delta_and_leave_dout_alone_where_they_can(dtype):
         assert torch.equal(found, dout) or size * 2**14 < dlse, "there is room in fp16 for delta / |dout|"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_strided_gradient_of_the_output_gives_the_same_bits(kernel, dtype):
+    x = inputs(40, dim=64, dtype=dtype)
+    for strided in (x.dout.mT.contiguous().mT, x.dout.transpose(1, 2).contiguous().transpose(1, 2)):
+        for a, b in zip(found_by(x, causal=True), found_by(x._replace(dout=strided), causal=True), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("factor", [2.0**90, 2.0**-90])
 def test_huge_and_tiny_gradients_of_the_output_scale_exactly(kernel, factor):
     x = inputs(24, dtype=torch.bfloat16)

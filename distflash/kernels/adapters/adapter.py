@@ -95,7 +95,7 @@ class Adapter(ABC):
 
     def delta(self, out: Tensor, dout: Tensor) -> Tensor:
         """rowsum(out * dout) as [B, H, Tq] fp32."""
-        return _EAGER.delta(out, dout)
+        return _EAGER.delta(out, dout.contiguous())
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles, scale: float, *,
@@ -110,7 +110,7 @@ class Adapter(ABC):
             dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if dq is None else dq
             dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
         q, scale, sign = _positive(q, scale)
-        dout, out = _stand_ins(dout, delta)
+        dout, out = _stand_ins(dout.contiguous(), delta)  # PyTorch adds up strided rows in another order, as it does in delta
         for piece in cut:
             rows, columns = piece.q, piece.kv
             local = _legal(dout[:, rows], q[:, rows], k[:, columns], v[:, columns], out[:, rows])
