@@ -69,7 +69,7 @@ def test_every_head_size_alone_and_onto_a_running_partial(head_dim, v_head_dim, 
      (96, "ahead_staged"), (128, "ahead"), (128, "two_q"), (128, "one_q"), (128, "ahead_staged"), (192, "ahead"), (256, "one_q"),
      (256, "ahead"), (256, "staged"), (64, "alone"), (96, "alone"), (128, "alone"), (128, "pingpong_ahead"), (192, "pingpong"),
      (256, "pingpong"), (64, "named"), (128, "named"), (128, "pingpong"), (256, "named"), (128, "held64"), (256, "held32"),
-     (256, "not_held"), (256, "anew"), (64, "wg2pingpong"), (64, "named_anew"), (128, "room_named_anew"), (256, "named_direct")],
+     (256, "not_held"), (256, "anew"), (64, "wg2pingpong"), (64, "named_anew")],
 )  # fmt: skip
 def test_variants_with_many_items_a_program(head_dim, variant):
     tiles, scale = TABLES["documents"], head_dim**-0.5

@@ -134,7 +134,7 @@ def inspect(kernel, signature: dict, constants: dict, max_regs: int, keep: str |
         constexprs={(names.index(n),): v for n, v in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")},
     )
-    built, log = assembled(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "maxnreg": max_regs})
+    built, log = assembled(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "maxnreg": max_regs, "enable_fp_fusion": True})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()

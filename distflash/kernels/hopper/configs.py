@@ -101,10 +101,11 @@ FORWARD = {
     (192, 192): ForwardConfig(2, 64, 3, one_bound=True),
     (256, 256): ForwardConfig(2, 64, 2, ahead=True, staged=True, q_regs=64),
 }
+_ANEW_64 = ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, pingpong=True, one_bound=True, named=True, anew=True)
 if LATER:  # a thread's numbers and addresses stay in registers from partition to partition: the producer needs room for them, too
     _ROOM = (224, 56)
     FORWARD |= {
-        (64, 64): ForwardConfig(2, 128, 3, **_AHEAD, staged=True, pingpong=True, regs=_ROOM),
+        (64, 64): _ANEW_64,
         (96, 96): replace(FORWARD[96, 96], q_regs=0),
         (128, 128): ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True, regs=_ROOM),
         (192, 128): ForwardConfig(2, 128, 2, regs=_ROOM),
@@ -122,7 +123,7 @@ FORWARD_VARIANTS = {
         "ahead": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE),
         "alone": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True),
         "named": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, staged=True, pingpong=True, named=True),
-        "named_anew": ForwardConfig(3, 128, 2, **_AHEAD, **_THREE, pingpong=True, one_bound=True, named=True, anew=True),
+        "named_anew": _ANEW_64,
         "wg2ahead_staged": ForwardConfig(2, 128, 3, **_AHEAD, staged=True),
         "wg2pingpong": ForwardConfig(2, 128, 3, **_AHEAD, staged=True, pingpong=True),
     },
@@ -144,9 +145,6 @@ FORWARD_VARIANTS = {
         "alone": ForwardConfig(2, 128, 2, q_stages=2, staged=True, one_bound=True),
         "pingpong_ahead": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True),
         "named": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True, named=True),
-        "room_named_anew": ForwardConfig(
-            2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True, anew=True, regs=(224, 56)
-        ),
         "held64": ForwardConfig(2, 128, 2, **_AHEAD, staged=True, pingpong=True, one_bound=True, named=True, q_regs=64),
         "pingpong": ForwardConfig(2, 128, 2, q_stages=2, staged=True, pingpong=True, one_bound=True),
     },
@@ -169,7 +167,6 @@ FORWARD_VARIANTS = {
         "named": ForwardConfig(2, 64, 2, ahead=True, staged=True, named=True),
         "not_held": ForwardConfig(2, 64, 2, ahead=True, staged=True),
         "anew": ForwardConfig(2, 64, 2, ahead=True, anew=True),
-        "named_direct": ForwardConfig(2, 64, 2, ahead=True, named=True),
         "held32": ForwardConfig(2, 64, 2, ahead=True, staged=True, q_regs=32),
         "named_held64": ForwardConfig(2, 64, 2, ahead=True, staged=True, named=True, q_regs=64),
     },

@@ -21,9 +21,9 @@ _L2_BYTES = 28 << 20  # of the heads that are worked on at once; H100's L2 is 50
 
 
 def launch(kernel, grid: tuple[int, ...], first, *args, **options) -> None:
-    """On the device of the first argument, which need not be the current one."""
+    """On the device of the first argument, which need not be the current one; a·b + c is one FMA, whatever Triton's default."""
     with LAUNCHING, torch.cuda.device((first.base if isinstance(first, TensorDescriptor) else first).device):
-        kernel[grid](first, *args, **options)
+        kernel[grid](first, *args, enable_fp_fusion=True, **options)
 
 
 def legal(t: Tensor) -> Tensor:
