@@ -240,6 +240,7 @@ def test_the_backward_launches_what_the_compile_check_compiles(monkeypatch, head
 def test_every_variant_of_the_one_pass_is_launched_as_it_is_compiled(monkeypatch, head_dims, out):
     launches = []
     monkeypatch.setattr(gradients, "launch", lambda kernel, grid, *args, **options: launches.append((kernel, grid, args, options)))
+    monkeypatch.setattr(gradients, "sms", lambda device: 132)
     sides = configs.fit(configs.BACKWARD, *head_dims)
     assert sides
     D, Dv = head_dims

@@ -46,8 +46,12 @@ def truth(q, k, v, dout, tiles: Tiles, scale: float):
     return lse.float(), delta.float(), kernel.backward(dout, q, k, v, lse, delta, tiles, scale)
 
 
-def backward(q, k, v, dout, lse, delta, tiles, scale, *, deterministic, variant=None, seed=0, **options):
-    with gluon_on_cpu.gradients(seed) as gradients:
+def backward(q, k, v, dout, lse, delta, tiles, scale, *, deterministic, variant=None, seed=0, programs=132, grids=None, **options):
+    """`programs` run at a time; grids: a list that gets those of all launches."""
+    with gluon_on_cpu.gradients(seed, programs) as gradients:
+        if grids is not None:
+            launch = gradients.launch
+            gradients.launch = lambda kernel, grid, *args, **more: (grids.append(grid), launch(kernel, grid, *args, **more))
         configs = sys.modules["distflash.kernels.hopper.configs"]
         sides = configs.fit(configs.BACKWARD, q.shape[-1], v.shape[-1])
         config = configs.BACKWARD_VARIANTS[sides][variant] if variant else configs.BACKWARD[sides]
@@ -110,6 +114,29 @@ def test_a_nan_stays_in_its_batch_element(head_dim, deterministic):
     poisoned[1, 0] = float("nan")
     found = backward(*tensors, lse, poisoned, tiles, scale, deterministic=deterministic)
     judge([x[:1] for x in found], [x[:1] for x in want], torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("q", "kv", "batch", "heads", "kv_heads", "head_dim", "programs", "grids"),
+    [
+        ((0, 512), (0, 200), 3, 8, 2, 64, 5, [(10,), (4,)]),  # 2 blocks, the second a short one; 2 pieces of the last's two heads
+        ((100, 612), (60, 460), 1, 4, 1, 128, 3, [(3,), (2,)]),  # what lies around the rectangle is left alone
+        ((0, 512), (0, 640), 1, 8, 2, 33, 4, [(8,), (4,)]),  # lines that TMA reads of a copy
+        ((0, 500), (0, 200), 2, 8, 2, 64, 3, [(8,)]),  # no pieces of whole tiles
+        ((0, 256), (0, 200), 2, 8, 2, 64, 3, [(8,)]),  # too short
+    ],
+)  # fmt: skip
+def test_the_last_round_of_a_rectangle_is_split_by_queries(q, kv, batch, heads, kv_heads, head_dim, programs, grids):
+    tiles = Tiles((Tile.whole(slice(*q), slice(*kv)),), q[1] + 30, kv[1] + 20)
+    scale, found = head_dim**-0.5, []
+    tensors = inputs(tiles, head_dim, head_dim, torch.bfloat16, heads, kv_heads, batch)
+    lse, delta, want = truth(*tensors, tiles, scale)
+    for dtype in (torch.bfloat16, torch.float32):
+        grads = backward(
+            *tensors, lse, delta, tiles, scale, deterministic=False, programs=programs, grids=found, dq_dtype=dtype, dkv_dtype=dtype
+        )
+        judge(grads, want, torch.bfloat16)
+    assert [grid for grid in found if len(grid) == 1] == 2 * grids  # the statistics' have two dimensions
 
 
 @pytest.mark.parametrize("scale", [-0.125, 0.0])

@@ -5,7 +5,7 @@ Legend: B batch, Tq / Tk local queries / keys, H query heads, Hk key/value heads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.configs import NONE, BackwardConfig, KeysConfig, RolesConfig, RowsConfig
 from distflash.kernels.hopper.dkv import dkv_kernel
 from distflash.kernels.hopper.dq import dq_kernel
+from distflash.kernels.hopper.last_round import LastRound, last_round
 from distflash.kernels.hopper.schedule import schedule
 from distflash.kernels.hopper.stats import stats_kernel
 from distflash.kernels.hopper.tma import descriptor, heads_at_once, launch, legal, sms, vector
@@ -82,22 +83,37 @@ def _keys(config: KeysConfig, x: _Inputs, dtype: torch.dtype, dq: Tensor | None 
     """dk and dv, 128 keys a program; adds to dq where it is given."""
     (B, Tq, H, D), (_, Tk, Hk, Dv), m, side = x.q.shape, x.v.shape, config.block_m, x.sides[0]
     work = schedule(x.tiles, config.keys, m, x.q.device, transposed=True)
-    items = work.busy * B * Hk
+    items, per = work.busy * B * Hk, heads_at_once(B * Hk, 8 * Tq * D * H // Hk)
     dk, dv = _fresh(x, dtype, work.idle or items == 0)
     staged = config.staged and dtype == x.q.dtype and all(n % 8 == 0 for n in (D, Dv))  # lines of 16 bytes, as TMA writes them
+    # without dq, bits do not depend on how a mask is cut into visits: there every program is whole
+    rest = None if dq is None or items == 0 else last_round(x.tiles, config.keys, work.busy, per, B, Hk, H // Hk, sms(x.q.device))
     if items:
         launch(
-            backward_kernel, (items,), *_key_descriptors(config, x, work.reach),
+            backward_kernel, (items - (rest.programs if rest else 0),), *_key_descriptors(config, x, work.reach),
             vector(x.ndelta, m) if dq is None else descriptor(dq, work.reach, 64, 64),
             *((descriptor(t, Tk, 64, side) if staged else None) for t in (dk, dv)),
             dk, dv, work.blocks, work.segments, *x.scales,
-            work.busy, heads_at_once(B * Hk, 8 * Tq * D * H // Hk), Hk, H // Hk, x.nlse.shape[1], Tk,
+            work.busy, per, Hk, H // Hk, x.nlse.shape[1], Tk,
             m, side, D, Dv, config.stages, config.overlap, config.late, x.q.dtype == torch.bfloat16,
             NONE if dq is None else config.dq, config.kv_regs, config.prompt, config.named, config.hide,
             *config.regs,
             num_warps=4, maxnreg=config.max_regs,
         )  # fmt: skip
+    if rest and dq is not None:
+        parts = _keys(config, _part(x, rest), torch.float32, rest.queries(dq, H // Hk))
+        for whole, part in zip((dk, dv), parts, strict=True):
+            rest.here(whole).copy_(part.sum(0))
     return dk, dv
+
+
+def _part(x: _Inputs, rest: LastRound) -> _Inputs:
+    """What a last round reads, [P, R or its keys, heads, D or Dv]."""
+    B, group = x.q.shape[0], x.q.shape[2] // x.k.shape[2]
+    q, dout = (rest.queries(t, group) for t in (x.q, x.dout))
+    k, v = (legal(rest.repeated(t)) for t in (x.k, x.v))
+    nlse, ndelta = (rest.stats(t, B, group) for t in (x.nlse, x.ndelta))
+    return replace(x, q=q, k=k, v=v, dout=dout, nlse=nlse, ndelta=ndelta, tiles=rest.tiles)
 
 
 def _roles(config: RolesConfig, x: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
