@@ -33,16 +33,15 @@ def portable() -> str:
 
 def hopper() -> str:
     """TFLOP/s of the Hopper kernels over the grid of lengths, beside its peers."""
-    result = load("kernels_h100_80gb_hbm3")
-    rows = result["rows"]
+    result, *before = (load(name) for name in kernel_table.RUNS)
+    rows, others = result["rows"], [run["rows"] for run in before]
     shares = [f"{direction} {share:.2f}" for direction, share in kernel_table.ragged(rows).items()]
     equal = [f"{r['pass']} D = {r['D']} {r['equal']} of {r['times']}" for r in rows if "equal" in r]
-    second = load("history/hopper_13_grid")["rows"]
-    means, others = kernel_table.overall(rows), kernel_table.overall(second)
-    both = [f"{direction} {mean:.3f} ({others[direction]:.3f})" for direction, mean in means.items()]
+    means = [kernel_table.overall(run) for run in (rows, *others)]
+    told = [f"{direction} {', '.join(f'{mean[direction]:.3f}' for mean in means)}" for direction in means[0]]
     return (
-        kernel_table.markdown(rows, second)
-        + f"\nGeometric mean of all dense cells (on another card): {', '.join(both)}.\n"
+        kernel_table.markdown(rows, others)
+        + f"\nGeometric mean of all dense cells in this run and in those before: {'; '.join(told)}.\n"
         + f"\n64 documents of random lengths, rate over that of dense causal S = 8192: {', '.join(shares)}.\n"
         + f"Repeats that were bit-equal, with deterministic gradients: {', '.join(equal)}.\n"
         + source(result)

@@ -101,7 +101,7 @@ def status() -> str:
         [
             "Hopper kernels (sm_90)",
             "compiled with Triton 3.6 and 3.9; emulated",
-            "H100, H200, Triton 3.6",
+            "H100, H200, Triton 3.6; H100, Triton 3.9",
             "H100; H200, up to 2 of one host",
         ],
         ["portable Triton kernels on sm_90", "compiled; interpreted", "H100, H200", "H100; training on 2 and 4 H200"],

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.bench_kernel import documents
 from benchmarks.figures import MARK, ROOT
+from benchmarks.kernel_table import RUNS
 from benchmarks.paper.tables import TABLES, paper
 from benchmarks.record import load, table
 from distflash.cost import hbm
@@ -174,7 +175,7 @@ def packed_documents() -> dict[str, tuple[float, float]]:
 
 def rates() -> str:
     """The two numbers of each kernel, and what they say of a problem they are not fitted to."""
-    grid = [row for name in ("kernels_h100_80gb_hbm3", "history/hopper_13_grid") for row in load(name)["rows"]]  # two cards
+    grid = [row for name in RUNS for row in load(name)["rows"]]
     ring = load("ring_2xh200")
     timed = {("H100", pass_, d): of_grid(grid, d, pass_) for pass_ in PASSES for d in (64, 128, 256)}
     timed |= {("H200, in a row", pass_, 128): of_dense_blocks(ring, pass_) for pass_ in PASSES}

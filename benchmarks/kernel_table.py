@@ -6,6 +6,7 @@ slow and the fast 20 %), or the error that kept it from being measured. Pure Pyt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -14,6 +15,7 @@ OURS, PEERS = "distflash", ("fa3", "fa4", "cudnn", "fa2", "flex")
 DIRECTIONS = ("forward", "backward")
 TITLES = {"d64": "D = 64", "d128": "D = 128", "d256": "D = 256", "gqa": "D = 128, 32 over 8 heads"}
 NAMES = {"fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention"}
+RUNS = ("kernels_h100_80gb_hbm3", "history/hopper_15_grid", "history/hopper_13_grid")  # newest first; one of each, a machine each
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, int, bool]  # part, direction, S, causal
 
@@ -112,21 +114,21 @@ def troubles(rows: Rows) -> list[str]:
     return found
 
 
-def markdown(rows: Rows, elsewhere: Rows | None = None) -> str:
-    """The table with the spread of each figure, and the means and minima; beside these the means of a run on another card."""
+def markdown(rows: Rows, others: Sequence[Rows] = ()) -> str:
+    """The table with the spread of each figure, and the means and minima; beside these the means and minima of other runs."""
     head, body = lines(rows, spread=True)
-    others = {(line["part"], line["pass"]): line for line in summary(elsewhere or [])}
+    runs = [{(line["part"], line["pass"]): line for line in summary(run)} for run in (rows, *others)]
     short = []
     for line in summary(rows):
-        other = others.get((line["part"], line["pass"]), {})
-        means = [_three(line, "geomean"), _three(line, "min"), *([_three(other, "geomean"), _three(other, "min")] if others else [])]
-        short.append([line["part"], line["pass"], *means, str(line["measured"])])
-    named = ["geometric mean of the ratios", "least", *(["on another card", "least"] if others else [])]
+        found = [run.get((line["part"], line["pass"]), {}) for run in runs]
+        figures = [_three(some, word) for some in (found[:1], found[1:]) if some for word in ("geomean", "min")]
+        short.append([line["part"], line["pass"], *figures, str(line["measured"])])
+    named = ["geometric mean of the ratios", "least", *(["in runs before", "least there"] if others else [])]
     return _table(head, body) + "\n" + _table(["part", "pass", *named, "cells"], short)
 
 
-def _three(line: dict[str, Any], word: str) -> str:
-    return f"{line[word]:.3f}" if word in line else ""
+def _three(lines: Rows, word: str) -> str:
+    return ", ".join(f"{line[word]:.3f}" for line in lines if word in line)
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:

@@ -106,11 +106,10 @@ def _nvlink(generation: float) -> dict[str, Link]:
     return {"p2p": _NCCL.scaled(generation), "symmetric": _COPIES.scaled(generation)}
 
 
-# `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair on each of two cards: benchmarks/results,
-# kernels_h100_80gb_hbm3.json, and hopper_13_grid.json of its history
+# `python -m benchmarks.io_model` fits these two numbers to the ten cells of each pair in each run of benchmarks/kernel_table.py's RUNS
 _HOPPER = {
-    "forward": {64: Rate(559e12, 2.5), 128: Rate(712e12, 2.1), 256: Rate(774e12, 1.2)},
-    "backward": {64: Rate(571e12, 4.1), 128: Rate(624e12, 3.7), 256: Rate(519e12, 2.7)},
+    "forward": {64: Rate(559e12, 2.5), 128: Rate(714e12, 2.2), 256: Rate(771e12, 1.9)},
+    "backward": {64: Rate(567e12, 3.9), 128: Rate(620e12, 3.4), 256: Rate(515e12, 2.6)},
 }
 # the same of an H200 at D = 128, from the dense blocks of benchmarks/results/ring_2xh200.json: calls in a row, at the clock that the power
 # limit leaves; other head sizes, not measured there, by the ratio of the two devices at this one
