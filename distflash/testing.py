@@ -245,13 +245,18 @@ def _error(k: Tensor, r: Tensor, lo: Tensor, dtype: torch.dtype, norm_budget: fl
         return f"relative error {relative:.2e}, allowed {norm_budget:.0e}"
     power = (r * r).sum().item()
     if power > 1e-6 * natural:
-        slope, usual = ((x * r).sum().item() / power for x in (k, lo))
+        (slope, chance), (usual, _) = (_scale(x, r) for x in (k, lo))
         allowed = max(1e-10 if dtype == torch.float64 else 1e-3, 2 * abs(usual - 1))
-        rows = (r * r).sum(-1) if r.dim() == 4 else r * r  # the elements of a row may err together
-        chance = ((k - r).norm() / r.norm() * rows.norm() / power).item()  # what errors of rows that know nothing of each other come to
         if abs(slope - 1) > max(allowed, 5 * chance):
             return f"scale {slope:.6f}, expected 1"
     return None
+
+
+def _scale(found: Tensor, true: Tensor) -> tuple[float, float]:
+    """<found, true> / <true, true>, and how far from 1 the errors of rows that know nothing of each other take it."""
+    power = (true * true).sum()
+    rows = (true * true).sum(-1) if true.dim() == 4 else true * true  # the elements of a row may err together
+    return ((found * true).sum() / power).item(), ((found - true).norm() / true.norm() * rows.norm() / power).item()
 
 
 def check(found: Attention, truth: Attention, low: Attention, dtype: torch.dtype) -> None:

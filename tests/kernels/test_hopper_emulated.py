@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from distflash import testing
 from distflash.kernels.reference import ReferenceKernel
 from distflash.parallel.mask import Mask, packed
 from distflash.tile import Band, Tile, Tiles
@@ -63,6 +64,8 @@ def judge(found, want, dtype):
     for x, y, name in zip(found, want, ("dq", "dk", "dv"), strict=True):
         assert x.shape == y.shape and x.is_contiguous() and torch.isfinite(x).all(), name
         assert (x.double() - y).norm() <= BUDGET[dtype] * y.norm().clamp(min=1e-2), name
+        slope, chance = testing._scale(x.double(), y) if y.norm() > 1e-2 else (1.0, 0.0)
+        assert abs(slope - 1) <= 4 * chance, f"{name}: scale {slope:.6f}, expected 1: roundings go one way"
         assert (x[y == 0] == 0).all() or x[y == 0].abs().max() < 1e-5, name  # where nothing is seen, nothing is written but zeros
 
 

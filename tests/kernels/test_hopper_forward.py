@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from distflash import testing
 from distflash.kernels.base import Partial
 from distflash.kernels.reference import ReferenceKernel
 from distflash.parallel.mask import Mask, packed
@@ -32,6 +33,8 @@ def judge(found, q, k, v, tiles, scale, dtype, before=None):
     out, lse = ReferenceKernel().forward(q, k, v, tiles, scale, acc=before)
     assert found.out.shape == out.shape and found.out.is_contiguous() and found.lse.dtype == torch.float32
     assert (found.out.double() - out).norm() <= BUDGET[dtype] * out.norm()
+    slope, chance = testing._scale(found.out.double(), out)
+    assert abs(slope - 1) <= 4 * chance, f"scale {slope:.6f}, expected 1: roundings go one way"
     torch.testing.assert_close(found.lse.double(), lse, atol=1e-4, rtol=1e-5)
     assert (found.out[out == 0] == 0).all()  # rows that see nothing
 

@@ -103,5 +103,8 @@ def assert_close(case: Case, found: Attention, true: Attention) -> None:
         error = relative(getattr(found, name), getattr(true, name), floor)
         budget = out_budget if name == "out" else grad_budget
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.1e}"
+        if case.dtype != torch.float32 and getattr(true, name).any():
+            slope, chance = testing._scale(getattr(found, name).double(), getattr(true, name))
+            assert abs(slope - 1) <= 4 * chance, f"{name}: scale {slope:.6f}, expected 1: roundings go one way"
     assert not found.out.transpose(1, 2)[~seen].any(), "rows that see nothing give 0"
     assert not found.dq.transpose(1, 2)[~seen].any(), "rows that see nothing have no gradient"
