@@ -161,6 +161,12 @@ MUTANTS = {
     "the last tile of queries reads statistics of the next head": Mutant(
         "kernels/hopper/gradients.py", "(tokens + _TILE - 1)", "tokens",
         "kernels/test_hopper_emulated.py::test_a_nan_stays_in_its_batch_element[64-False]"),
+    "of a last round's pieces only the first counts": Mutant(
+        "kernels/hopper/gradients.py", "part.sum(0)", "part[0]",
+        "kernels/test_hopper_emulated.py::test_the_last_round_of_a_rectangle_is_split_by_queries[inside]"),
+    "a last round's queries are those of other heads": Mutant(
+        "kernels/hopper/last_round.py", "x[-1, self.rows, self.heads.start * group :", "x[-1, self.rows, 0 :",
+        "kernels/test_hopper_emulated.py::test_the_last_round_of_a_rectangle_is_split_by_queries[inside]"),
     "a row that met a NaN says that it saw nothing": Mutant(
         "kernels/hopper/forward.py", 'gl.where(l == 0.0, float("-inf"), (m', 'gl.where((l == 0.0) | (l != l), float("-inf"), (m',
         "kernels/test_hopper_forward.py::test_a_row_that_meets_a_nan_says_so_in_its_lse[64]"),

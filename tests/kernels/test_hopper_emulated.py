@@ -123,11 +123,12 @@ def test_a_nan_stays_in_its_batch_element(head_dim, deterministic):
     ("q", "kv", "batch", "heads", "kv_heads", "head_dim", "programs", "grids"),
     [
         ((0, 512), (0, 200), 3, 8, 2, 64, 5, [(10,), (4,)]),  # 2 blocks, the second a short one; 2 pieces of the last's two heads
-        ((100, 612), (60, 460), 1, 4, 1, 128, 3, [(3,), (2,)]),  # what lies around the rectangle is left alone
+        ((100, 612), (60, 460), 1, 8, 2, 128, 7, [(7,), (2,)]),  # one head of two; what lies around the rectangle is left alone
         ((0, 512), (0, 640), 1, 8, 2, 33, 4, [(8,), (4,)]),  # lines that TMA reads of a copy
         ((0, 500), (0, 200), 2, 8, 2, 64, 3, [(8,)]),  # no pieces of whole tiles
         ((0, 256), (0, 200), 2, 8, 2, 64, 3, [(8,)]),  # too short
     ],
+    ids=["short last block", "inside", "copied lines", "no pieces", "short"],
 )  # fmt: skip
 def test_the_last_round_of_a_rectangle_is_split_by_queries(q, kv, batch, heads, kv_heads, head_dim, programs, grids):
     tiles = Tiles((Tile.whole(slice(*q), slice(*kv)),), q[1] + 30, kv[1] + 20)

@@ -11,8 +11,8 @@ Legend: B batch, T tokens, H heads, D head dim; P pieces, R of their queries eac
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class LastRound:
     keys: slice
     heads: slice  # of keys and values
     pieces: int
+    tiles: Tiles  # what a piece keeps: all
 
     def queries(self, x: Tensor, group: int) -> Tensor:
         """[B, T, H, D] of queries -> their [P, R, H', D], a view."""
@@ -49,11 +50,6 @@ class LastRound:
         """[B, T, Hk, D] of keys -> these, a view."""
         return x[-1, self.keys, self.heads]
 
-    @property
-    def tiles(self) -> Tiles:
-        """What a piece keeps: all."""
-        return _whole((self.rows.stop - self.rows.start) // self.pieces, self.keys.stop - self.keys.start)
-
 
 def last_round(tiles: Tiles, block: int, blocks: int, per: int, batch: int, heads: int, group: int, processors: int) -> LastRound | None:
     """What to split of programs of `blocks` blocks of `block` keys and batch * heads heads, `per` at a time; None if nothing is won."""
@@ -66,10 +62,16 @@ def last_round(tiles: Tiles, block: int, blocks: int, per: int, batch: int, head
     if pieces == 1:
         return None
     keys = slice(tile.kv.start + (blocks - high) * block, tile.kv.stop)
-    return LastRound(wide * high, tile.q, keys, slice(heads - wide, heads), pieces)
+    whole = _pieces_of(tiles, tile.rows // pieces, keys.stop - keys.start)
+    return LastRound(wide * high, tile.q, keys, slice(heads - wide, heads), pieces, whole)
 
 
-@functools.lru_cache(256)
-def _whole(rows: int, keys: int) -> Tiles:
-    """Kept, so that its schedule is."""
-    return Tiles((Tile.whole(slice(0, rows), slice(0, keys)),), rows, keys)
+_HELD: WeakKeyDictionary[Tiles, dict[tuple[int, int], Tiles]] = WeakKeyDictionary()
+
+
+def _pieces_of(tiles: Tiles, rows: int, keys: int) -> Tiles:
+    """`rows` queries that all see `keys` keys; kept as long as `tiles` live, as its schedule is: a captured graph reads that."""
+    held = _HELD.setdefault(tiles, {})
+    if (rows, keys) not in held:
+        held[rows, keys] = Tiles((Tile.whole(slice(0, rows), slice(0, keys)),), rows, keys)
+    return held[rows, keys]
