@@ -25,7 +25,7 @@ from torch import Tensor
 from distflash.kernels.table import span
 from distflash.tile import Tiles
 
-_EXTRA = 0.7  # what an item costs beside its tiles, in tiles: its first Q Kᵀ and softmax, its last P V and its way out
+_EXTRA = 2.0  # what an item costs beside its tiles, in tiles: its first Q Kᵀ and softmax, its last P V and its way out
 
 
 @dataclass(frozen=True)
