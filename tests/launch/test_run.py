@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from distflash.launch import run as runner
 from distflash.launch.heartbeat import EXIT_PEER_LOST
@@ -76,6 +77,8 @@ def test_a_rank_that_is_stopped_is_named_and_does_not_outlive_the_job(tmp_path):
 
 @pytest.mark.parametrize(("name", "number"), [("SIGHUP", None), ("SIGTERM", 143)])
 def test_what_nohup_ignores_ends_no_job_and_what_ends_one_leaves_nothing_behind(tmp_path, name, number):
+    if name == "SIGHUP" and "signals_to_handle" not in LaunchConfig.__dataclass_fields__:
+        pytest.skip("torch 2.9 ends on every signal")
     (tmp_path / "alone.py").write_text(ALONE)
     (tmp_path / "temporary").mkdir()
     environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "temporary")}
